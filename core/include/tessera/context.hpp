@@ -1,0 +1,79 @@
+// What a block meets while it runs: the spans of the batch, decode state, once-only decisions, loss and statistics sinks.
+#pragma once
+#include <ATen/core/Tensor.h>
+
+#include <functional>
+#include <map>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "tessera/env.hpp"
+#include "tessera/spans.hpp"
+
+namespace tessera {
+
+// What a sum is divided by, over the whole global batch: its valid tokens, or its documents that have a valid token.
+enum class Per { kToken, kDocument };
+
+struct LossTerm {
+  std::string name;
+  at::Tensor sum;  // fp32 [], differentiable; coefficient included
+  Per per;
+};
+
+// Results of `Context::once`, kept from the first forward pass to its recomputation.
+using Decisions = std::map<std::string, at::Tensor, std::less<>>;
+
+// The context of one forward call of one layer. The core makes it; a block only reads it and reports through it.
+class Context {
+ public:
+  explicit Context(const Spans& spans) : spans_(&spans) {}
+  virtual ~Context();
+
+  const Spans& spans() const { return *spans_; }
+  const Mesh& mesh() const { return mesh_; }
+  // True in training's forward passes: auxiliary losses are wanted and statistics count.
+  bool training() const { return training_; }
+  // bool [N], true where the token is no padding; undefined when all are valid.
+  const at::Tensor& valid_n() const { return valid_n_; }
+
+  // Decode state. Without one, spans are whole documents that begin from zero state and leave none.
+  bool has_state() const { return states_ != nullptr; }
+  // Per-sequence rows: [slots, ...shape]. Per-token rows: [slots, capacity, ...shape], capacity at least start + length of every span.
+  // Written in place at the rows of the spans' state slots. Throws Error(kPlugin) when the block declared no such row.
+  const at::Tensor& state(std::string_view name) const;
+
+  // The result of `decide` (no gradient flows through it), computed in the first forward pass and replayed in recomputation.
+  // For what must not differ between the two: router choices, masks drawn at random.
+  at::Tensor once(std::string_view name, const std::function<at::Tensor()>& decide);
+  // True while this pass repeats an earlier one.
+  bool replaying() const { return replaying_; }
+
+  // Adds `sum` / (global count of tokens or documents) to the training loss. Ignored outside training. The gradient flows in
+  // every pass, the reported value counts once.
+  void add_loss(std::string name, at::Tensor sum, Per per);
+  // Adds `counts` (fp32, any shape, no gradient) to the statistic `name` of this layer over the global batch. Ignored in a replay and outside training.
+  void count(std::string_view name, const at::Tensor& counts);
+
+  // Set by the core.
+  void set_training(bool on) { training_ = on; }
+  void set_mesh(const Mesh& mesh) { mesh_ = mesh; }
+  void set_valid(at::Tensor valid_n) { valid_n_ = std::move(valid_n); }
+  void set_states(const std::map<std::string, at::Tensor, std::less<>>* states) { states_ = states; }
+  void set_decisions(Decisions* decisions, bool replaying) { decisions_ = decisions, replaying_ = replaying; }
+  const std::vector<LossTerm>& losses() const { return losses_; }
+  const std::map<std::string, at::Tensor, std::less<>>& counts() const { return counts_; }
+
+ private:
+  const Spans* spans_;
+  Mesh mesh_;
+  bool training_ = false, replaying_ = false;
+  at::Tensor valid_n_;
+  const std::map<std::string, at::Tensor, std::less<>>* states_ = nullptr;
+  Decisions* decisions_ = nullptr;
+  std::vector<LossTerm> losses_;
+  std::map<std::string, at::Tensor, std::less<>> counts_;
+};
+
+}  // namespace tessera
