@@ -1,0 +1,191 @@
+#include "checkpoint/file.hpp"
+
+#include <fcntl.h>
+#include <fmt/format.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <cstring>
+#include <nlohmann/json.hpp>
+#include <set>
+#include <system_error>
+#include <vector>
+
+#include "tessera/error.hpp"
+
+namespace tessera {
+namespace fs = std::filesystem;
+
+namespace {
+
+[[noreturn]] void fail(const fs::path& path, const char* what, int code) {
+  std::string help;
+  if (code == ENOSPC || code == EDQUOT) help = "free some space on that disk";
+  if (code == EACCES || code == EPERM || code == EROFS) help = "choose a folder that this user may write to";
+  throw Error(ExitCode::kRuntime, fmt::format("{}: {}: {}", path.string(), what, std::generic_category().message(code)), help);
+}
+
+[[noreturn]] void fail_read(const fs::path& path, const char* what, int code) {
+  throw Error(ExitCode::kRuntime, fmt::format("{}: {}: {}", path.string(), what, std::generic_category().message(code)));
+}
+
+fs::path folder_of(const fs::path& path) { return path.has_parent_path() ? path.parent_path() : fs::path("."); }
+
+struct Descriptor {
+  int fd;
+  ~Descriptor() {
+    if (fd >= 0) ::close(fd);
+  }
+};
+
+int64_t regular_size(const fs::path& path, int fd) {
+  struct stat info;
+  if (::fstat(fd, &info) != 0) fail_read(path, "cannot be examined", errno);
+  if (!S_ISREG(info.st_mode))
+    throw Error(ExitCode::kRuntime, fmt::format("{}: must be a regular file, got a {}", path.string(), S_ISDIR(info.st_mode) ? "folder" : "device or pipe"));
+  return info.st_size;
+}
+
+}  // namespace
+
+fs::path AtomicFile::temporary(const fs::path& path) {
+  return fs::path(fmt::format("{}.tmp-{}", path.string(), ::getpid()));
+}
+
+AtomicFile::AtomicFile(fs::path path) : path_(std::move(path)), temporary_(temporary(path_)) {
+  fd_ = ::open(temporary_.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666);
+  if (fd_ < 0) fail(path_, "cannot be created", errno);
+}
+
+AtomicFile::~AtomicFile() {
+  if (fd_ < 0) return;
+  ::close(fd_);
+  ::unlink(temporary_.c_str());
+}
+
+void AtomicFile::write_at(int64_t offset, const void* data, size_t size) {
+  const char* bytes = static_cast<const char*>(data);
+  while (size > 0) {
+    const ssize_t n = ::pwrite(fd_, bytes, size, offset);
+    if (n < 0 && errno == EINTR) continue;
+    if (n < 0) fail(path_, "cannot be written", errno);
+    bytes += n, offset += n, size -= static_cast<size_t>(n);
+  }
+  end_ = std::max(end_, offset);
+}
+
+void AtomicFile::append(std::string_view bytes) { write_at(end_, bytes.data(), bytes.size()); }
+
+void AtomicFile::commit() {
+  if (::fsync(fd_) != 0) fail(path_, "cannot be flushed to disk", errno);
+  if (::rename(temporary_.c_str(), path_.c_str()) != 0) fail(path_, "cannot be renamed into place", errno);
+  ::close(fd_);
+  fd_ = -1;
+  sync_folder(folder_of(path_));
+}
+
+void write_file(const fs::path& path, std::string_view text) {
+  AtomicFile file(path);
+  file.append(text);
+  file.commit();
+}
+
+std::string read_file(const fs::path& path, int64_t max_bytes) {
+  const Descriptor file{::open(path.c_str(), O_RDONLY | O_CLOEXEC)};
+  if (file.fd < 0) fail_read(path, "cannot be opened", errno);
+  const int64_t size = regular_size(path, file.fd);
+  if (size > max_bytes)
+    throw Error(ExitCode::kRuntime, fmt::format("{}: must hold at most {} bytes, got {}", path.string(), max_bytes, size));
+  std::string text(static_cast<size_t>(size), '\0');
+  size_t done = 0;
+  while (done < text.size()) {
+    const ssize_t n = ::read(file.fd, text.data() + done, text.size() - done);
+    if (n < 0 && errno == EINTR) continue;
+    if (n < 0) fail_read(path, "cannot be read", errno);
+    if (n == 0) break;
+    done += static_cast<size_t>(n);
+  }
+  text.resize(done);
+  return text;
+}
+
+void make_folder(const fs::path& folder) {
+  std::error_code code;
+  fs::create_directories(folder, code);
+  if (code) fail(folder, "folder cannot be created", code.value());
+  if (!fs::is_directory(folder, code)) fail(folder, "folder cannot be created", EEXIST);
+}
+
+void sync_folder(const fs::path& folder) {
+  const Descriptor handle{::open(folder.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC)};
+  if (handle.fd < 0) fail(folder, "folder cannot be opened", errno);
+  // Some network file systems cannot flush a folder and say EINVAL: their renames are as durable as they get.
+  if (::fsync(handle.fd) != 0 && errno != EINVAL) fail(folder, "folder cannot be flushed to disk", errno);
+}
+
+void rename_into_place(const fs::path& from, const fs::path& to) {
+  if (fs::is_directory(from)) sync_folder(from);
+  if (::rename(from.c_str(), to.c_str()) != 0) fail(to, "cannot be renamed into place", errno);
+  sync_folder(folder_of(to));
+}
+
+int64_t invalid_utf8(std::string_view text) {
+  for (size_t i = 0; i < text.size();) {
+    const auto byte = [&](size_t k) { return i + k < text.size() ? static_cast<unsigned char>(text[i + k]) : 0u; };
+    const unsigned lead = byte(0);
+    const size_t length = lead < 0x80 ? 1 : lead >> 5 == 6 ? 2 : lead >> 4 == 14 ? 3 : lead >> 3 == 30 ? 4 : 0;
+    if (length == 0) return static_cast<int64_t>(i);
+    unsigned code = length == 1 ? lead : lead & (0x7f >> length);
+    for (size_t k = 1; k < length; ++k) {
+      if (byte(k) >> 6 != 2) return static_cast<int64_t>(i);
+      code = code << 6 | (byte(k) & 0x3f);
+    }
+    constexpr unsigned kLeast[] = {0, 0, 0x80, 0x800, 0x10000};
+    if (code < kLeast[length] || code > 0x10ffff || (code >= 0xd800 && code < 0xe000)) return static_cast<int64_t>(i);
+    i += length;
+  }
+  return -1;
+}
+
+nlohmann::json strict_json(std::string_view text, const std::string& place, int max_depth) {
+  if (const int64_t at = invalid_utf8(text); at >= 0)
+    throw Error(ExitCode::kRuntime, fmt::format("{}: not UTF-8 at byte {}", place, at));
+  std::vector<std::set<std::string>> keys;
+  using Event = nlohmann::json::parse_event_t;
+  const auto watch = [&](int depth, Event event, nlohmann::json& value) {
+    if (event == Event::object_start || event == Event::array_start) {
+      if (depth >= max_depth) throw Error(ExitCode::kRuntime, fmt::format("{}: JSON nested deeper than {} levels", place, max_depth));
+      if (event == Event::object_start) keys.emplace_back();
+    } else if (event == Event::object_end) {
+      keys.pop_back();
+    } else if (event == Event::key && !keys.back().insert(value.get<std::string>()).second) {
+      throw Error(ExitCode::kRuntime, fmt::format("{}: key '{}' occurs twice", place, value.get<std::string>()));
+    }
+    return true;
+  };
+  try {
+    return nlohmann::json::parse(text.begin(), text.end(), watch);
+  } catch (const nlohmann::json::parse_error& error) {
+    throw Error(ExitCode::kRuntime, fmt::format("{}: not valid JSON at byte {}", place, error.byte > 0 ? error.byte - 1 : 0));
+  } catch (const nlohmann::json::exception&) {
+    throw Error(ExitCode::kRuntime, fmt::format("{}: JSON holds a number out of range", place));
+  }
+}
+
+MappedFile::MappedFile(const fs::path& path) : path_(path) {
+  const Descriptor file{::open(path.c_str(), O_RDONLY | O_CLOEXEC)};
+  if (file.fd < 0) fail_read(path, "cannot be opened", errno);
+  size_ = regular_size(path, file.fd);
+  if (size_ == 0) return;
+  void* map = ::mmap(nullptr, static_cast<size_t>(size_), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_NORESERVE, file.fd, 0);
+  if (map == MAP_FAILED) fail_read(path, "cannot be mapped", errno);
+  data_ = static_cast<char*>(map);
+}
+
+MappedFile::~MappedFile() {
+  if (data_ != nullptr) ::munmap(data_, static_cast<size_t>(size_));
+}
+
+}  // namespace tessera

@@ -1,0 +1,71 @@
+// Files that are whole or absent: written aside, flushed, renamed into place; and files read through a map.
+// Every failure is Error(kRuntime) that names the file and the system's reason.
+#pragma once
+#include <nlohmann/json_fwd.hpp>
+
+#include <cstddef>
+#include <cstdint>
+#include <filesystem>
+#include <memory>
+#include <string>
+#include <string_view>
+
+namespace tessera {
+
+// A file that appears under its name only when commit() returns. Until then its bytes lie in `temporary()` beside it, which the
+// destructor removes. Flushed to disk before the rename, and the folder after it, so that a crash leaves the old file or the new.
+class AtomicFile {
+ public:
+  // Creates the temporary file. The folder must exist.
+  explicit AtomicFile(std::filesystem::path path);
+  ~AtomicFile();
+  AtomicFile(const AtomicFile&) = delete;
+  AtomicFile& operator=(const AtomicFile&) = delete;
+
+  void write_at(int64_t offset, const void* data, size_t size);
+  void append(std::string_view bytes);
+  void commit();
+  const std::filesystem::path& path() const { return path_; }
+  static std::filesystem::path temporary(const std::filesystem::path& path);  // "<path>.tmp-<process id>"
+
+ private:
+  std::filesystem::path path_, temporary_;
+  int fd_ = -1;
+  int64_t end_ = 0;
+};
+
+// Replaces the content of `path` atomically.
+void write_file(const std::filesystem::path& path, std::string_view text);
+// The whole file. Refuses a folder, and a file above `max_bytes`.
+std::string read_file(const std::filesystem::path& path, int64_t max_bytes = int64_t{1} << 30);
+// Creates a folder and its parents.
+void make_folder(const std::filesystem::path& folder);
+// Flushes a folder's entries.
+void sync_folder(const std::filesystem::path& folder);
+// Renames a finished file or folder into place and flushes the folder that holds it. An existing folder in the place is refused.
+void rename_into_place(const std::filesystem::path& from, const std::filesystem::path& to);
+
+// JSON of a file that is not trusted: UTF-8 throughout, no key twice in an object, at most `max_depth` levels.
+// `place` begins the error: "<place>: key 'a' occurs twice".
+nlohmann::json strict_json(std::string_view text, const std::string& place, int max_depth = 8);
+// The byte at which `text` stops being UTF-8, or -1.
+int64_t invalid_utf8(std::string_view text);
+
+// A file mapped privately: writes to the map stay in this process. Only regular files.
+class MappedFile {
+ public:
+  explicit MappedFile(const std::filesystem::path& path);
+  ~MappedFile();
+  MappedFile(const MappedFile&) = delete;
+  MappedFile& operator=(const MappedFile&) = delete;
+  const char* data() const { return data_; }
+  int64_t size() const { return size_; }
+  const std::filesystem::path& path() const { return path_; }
+
+ private:
+  std::filesystem::path path_;
+  char* data_ = nullptr;
+  int64_t size_ = 0;
+};
+
+}  // namespace tessera
