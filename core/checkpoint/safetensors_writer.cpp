@@ -31,6 +31,8 @@ SafetensorsWriter::SafetensorsWriter(const fs::path& path, const std::vector<Ten
   }
   std::stable_sort(order.begin(), order.end(),
                    [](const TensorSpec* a, const TensorSpec* b) { return c10::elementSize(a->dtype) > c10::elementSize(b->dtype); });
+  for (const auto& [key, word] : metadata)
+    if (invalid_utf8(key) >= 0 || invalid_utf8(word) >= 0) fail(path, "metadata must be UTF-8");
   std::string text = metadata.empty() ? "{" : "{\"__metadata__\":" + json(metadata).dump();
   int64_t offset = 0;
   for (const TensorSpec* spec : order) {
