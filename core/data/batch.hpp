@@ -1,0 +1,16 @@
+// The tokens of one micro-batch on one rank.
+#pragma once
+#include <ATen/core/Tensor.h>
+
+#include "tessera/spans.hpp"
+
+namespace tessera {
+
+struct Batch {
+  at::Tensor ids_n;        // int64 [N]
+  Spans spans;             // in training each a whole document
+  at::Tensor valid_n;      // bool [N], false at padding; undefined: all valid
+  at::Tensor loss_mask_n;  // bool [N], true where the id may be a target; undefined: all
+};
+
+}  // namespace tessera

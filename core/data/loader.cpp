@@ -1,0 +1,194 @@
+#include "data/loader.hpp"
+
+#include <ATen/ops/empty.h>
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <nlohmann/json.hpp>
+
+#include "tessera/error.hpp"
+
+namespace tessera {
+using nlohmann::json;
+
+namespace {
+
+constexpr const char* kPlace = "data position";
+
+template <class... T>
+[[noreturn]] void fail(std::string help, fmt::format_string<T...> format, T&&... args) {
+  throw Error(ExitCode::kRuntime, std::string(kPlace) + ": " + fmt::format(format, std::forward<T>(args)...), std::move(help));
+}
+
+int64_t integer(const json& object, const char* key, int64_t low, int64_t high) {
+  const auto it = object.is_object() ? object.find(key) : object.end();
+  if (it == object.end()) fail("", "has no '{}'", key);
+  const bool fits = it->is_number_integer() && !(it->is_number_unsigned() && it->get<uint64_t>() > static_cast<uint64_t>(INT64_MAX));
+  if (!fits || it->get<int64_t>() < low || it->get<int64_t>() > high)
+    fail("", "{} must be an integer in [{}, {}], got {}", key, low, high, it->dump());
+  return it->get<int64_t>();
+}
+
+template <class T>
+void expect_same(const json& object, const char* key, const T& now, const std::string& what) {
+  const auto it = object.is_object() ? object.find(key) : object.end();
+  if (it == object.end()) fail("", "has no '{}'", key);
+  if (*it != json(now)) fail("resume with the value of the checkpoint", "{} was {}, now {}", what, it->dump(), json(now).dump());
+}
+
+}  // namespace
+
+int64_t Row::num_targets() const {
+  int64_t count = 0;
+  for (const int64_t length : lengths) count += length - 1;
+  return count;
+}
+
+Batch assemble(std::span<const Row> rows) {
+  std::vector<int64_t> lengths;
+  int64_t num_tokens = 0;
+  for (const Row& row : rows) {
+    lengths.insert(lengths.end(), row.lengths.begin(), row.lengths.end());
+    num_tokens += static_cast<int64_t>(row.ids.size());
+  }
+  Batch batch;
+  batch.ids_n = at::empty({num_tokens}, at::kLong);
+  batch.spans = Spans::documents(lengths);
+  int64_t* out = batch.ids_n.mutable_data_ptr<int64_t>();
+  for (const Row& row : rows) out = std::copy(row.ids.begin(), row.ids.end(), out);
+  return batch;
+}
+
+Loader::Loader(std::shared_ptr<const Dataset> dataset, int64_t seq_len)
+    : dataset_(std::move(dataset)), seq_len_(seq_len), cursors_(dataset_->components().size()) {}
+
+// Opens the next document that has a token. False at the end of the held-out documents; the training stream has no end.
+bool Loader::open_document() {
+  std::vector<bool> exhausted(cursors_.size());
+  for (;;) {
+    int64_t best = -1;
+    const auto tokens_per_weight = [&](int64_t c) {
+      return static_cast<double>(cursors_[static_cast<size_t>(c)].tokens) / dataset_->components()[static_cast<size_t>(c)].weight;
+    };
+    for (int64_t c = 0; c < static_cast<int64_t>(cursors_.size()); ++c)
+      if (!exhausted[static_cast<size_t>(c)] && (best < 0 || tokens_per_weight(c) < tokens_per_weight(best))) best = c;
+    if (best < 0) return false;
+    const auto c = static_cast<size_t>(best);
+    Cursor& cursor = cursors_[c];
+    const Source& source = *dataset_->components()[c].source;
+    const int64_t n = dataset_->num_documents(c, split_);
+    for (int64_t empty = 0;; ++empty, ++cursor.ordinal) {
+      if (cursor.ordinal >= n && split_ == Split::kValidation) break;
+      if (cursor.ordinal >= n) ++cursor.epoch, cursor.ordinal = 0;
+      // Two epochs' worth of documents in a row hold every document.
+      if (empty / 2 > n) throw Error(ExitCode::kRuntime, fmt::format("{}: all {} documents for training are empty", source.name(), n));
+      document_ = dataset_->document(c, split_, cursor.epoch, cursor.ordinal);
+      length_ = source.document_len(document_);
+      if (length_ == 0) continue;
+      current_ = best;
+      offset_ = 0;
+      cursor.tokens += length_;
+      return true;
+    }
+    exhausted[c] = true;
+  }
+}
+
+Row Loader::next_row(bool read) {
+  Row row;
+  if (read) row.ids.resize(static_cast<size_t>(seq_len_));
+  int64_t filled = 0;
+  while (filled < seq_len_) {
+    if (current_ < 0 && !open_document()) break;
+    const int64_t count = std::min(seq_len_ - filled, length_ - offset_);
+    if (read) dataset_->read(static_cast<size_t>(current_), document_, offset_, std::span(row.ids).subspan(static_cast<size_t>(filled), static_cast<size_t>(count)));
+    row.lengths.push_back(count);
+    filled += count;
+    offset_ += count;
+    if (offset_ < length_) continue;
+    ++cursors_[static_cast<size_t>(current_)].ordinal;
+    current_ = -1;
+  }
+  if (read) row.ids.resize(static_cast<size_t>(filled));
+  return row;
+}
+
+std::vector<Row> Loader::next_rows(int64_t count, int64_t first, int64_t last) {
+  std::vector<Row> rows;
+  rows.reserve(static_cast<size_t>(count));
+  for (int64_t i = 0; i < count; ++i) rows.push_back(next_row(i >= first && i < last));
+  return rows;
+}
+
+json Loader::state() const {
+  json state{{"seed", dataset_->seed()}, {"validation_fraction", dataset_->validation_fraction()}, {"current", current_},
+             {"offset", current_ < 0 ? 0 : offset_}, {"sources", json::array()}};
+  for (size_t c = 0; c < cursors_.size(); ++c) {
+    const Component& component = dataset_->components()[c];
+    state["sources"].push_back({{"name", component.source->name()}, {"hash", component.source->hash()}, {"weight", component.weight},
+                                {"documents", component.source->num_documents()}, {"epoch", cursors_[c].epoch},
+                                {"ordinal", cursors_[c].ordinal}, {"tokens", cursors_[c].tokens}});
+  }
+  return state;
+}
+
+void Loader::restore(const json& state) {
+  expect_same(state, "seed", dataset_->seed(), "data.seed");
+  expect_same(state, "validation_fraction", dataset_->validation_fraction(), "data.validation_fraction");
+  const auto sources = state.find("sources");
+  if (sources == state.end() || !sources->is_array()) fail("", "has no list 'sources'");
+  if (sources->size() != cursors_.size()) fail("resume with the data of the checkpoint", "it was in {} sources, now there are {}", sources->size(), cursors_.size());
+  std::vector<Cursor> cursors(cursors_.size());
+  for (size_t c = 0; c < cursors.size(); ++c) {
+    const json& saved = (*sources)[c];
+    const Component& component = dataset_->components()[c];
+    const auto text = [&](const char* key) {
+      const auto it = saved.is_object() ? saved.find(key) : saved.end();
+      if (it == saved.end() || !it->is_string()) fail("", "source {} has no text '{}'", c, key);
+      return it->get<std::string>();
+    };
+    const int64_t documents = integer(saved, "documents", 1, Source::kEndless);
+    if (text("hash") != component.source->hash() || documents != component.source->num_documents())
+      fail("resume with the data of the checkpoint", "source {} changed: it was {} with {} documents (hash {}), now {} with {} documents (hash {})", c,
+           text("name"), documents, text("hash"), component.source->name(), component.source->num_documents(), component.source->hash());
+    expect_same(saved, "weight", component.weight, fmt::format("weight of source {}", c));
+    cursors[c] = {integer(saved, "epoch", 0, INT64_MAX - 1), integer(saved, "ordinal", 0, dataset_->num_documents(c, split_)),
+                  integer(saved, "tokens", 0, INT64_MAX)};
+  }
+  const int64_t current = integer(state, "current", -1, static_cast<int64_t>(cursors.size()) - 1);
+  int64_t document = 0, length = 0, offset = 0;
+  if (current >= 0) {
+    const auto c = static_cast<size_t>(current);
+    integer((*sources)[c], "ordinal", 0, dataset_->num_documents(c, split_) - 1);
+    document = dataset_->document(c, split_, cursors[c].epoch, cursors[c].ordinal);
+    length = dataset_->components()[c].source->document_len(document);
+    offset = integer(state, "offset", 1, length - 1);
+  }
+  cursors_ = std::move(cursors);
+  current_ = current, document_ = document, length_ = length, offset_ = offset;
+}
+
+std::vector<Row> validation_rows(std::shared_ptr<const Dataset> dataset, int64_t seq_len, int64_t tokens) {
+  bool held_out = false;
+  for (const Component& component : dataset->components()) held_out |= component.num_held_out > 0;
+  if (!held_out && dataset->validation_fraction() > 0)
+    throw Error(ExitCode::kRuntime, fmt::format("{}: has 1 document, so none can be held out for validation", dataset->components()[0].source->name()),
+                "give more documents, or turn validation off with validation.interval = 0");
+  if (!held_out)
+    throw Error(ExitCode::kRuntime, "data.validation_fraction = 0 holds no document out for validation", "turn validation off with validation.interval = 0");
+  Loader loader(dataset, seq_len);
+  loader.split_ = Split::kValidation;
+  std::vector<Row> rows;
+  const int64_t count = std::max<int64_t>(1, tokens / seq_len);
+  while (static_cast<int64_t>(rows.size()) < count) {
+    Row row = loader.next_row(true);
+    if (row.ids.empty() || (static_cast<int64_t>(row.ids.size()) < seq_len && !rows.empty())) break;
+    const bool last = static_cast<int64_t>(row.ids.size()) < seq_len;
+    rows.push_back(std::move(row));
+    if (last) break;
+  }
+  if (rows.empty()) throw Error(ExitCode::kRuntime, fmt::format("{}: all documents held out for validation are empty", dataset->components()[0].source->name()));
+  return rows;
+}
+
+}  // namespace tessera
