@@ -41,7 +41,15 @@ std::string list(const std::vector<T>& values, F one) {
   return out + "]";
 }
 
+std::string words(const std::vector<std::string>& values) {
+  std::string out;
+  for (const std::string& value : values) out += (out.empty() ? "" : ", ") + quoted(value);
+  return out;
+}
+
 std::string plain(double bound) { return bound == std::floor(bound) && std::abs(bound) < 1e15 ? fmt::format("{}", static_cast<int64_t>(bound)) : fmt::format("{}", bound); }
+
+bool bounded(const Field& f) { return !std::isinf(f.min_) || !std::isinf(f.max_); }
 
 std::string interval(const Field& f) {
   std::string low = std::isinf(f.min_) ? "(-inf" : (f.above_min_ ? "(" : "[") + plain(f.min_);
@@ -74,6 +82,25 @@ std::string to_toml(const Value& value) {
 
 bool same_value(const Value& a, const Value& b) { return a == b; }
 
+std::string shorten(const std::string& text) {
+  constexpr size_t kLength = 120;
+  if (text.size() <= kLength) return text;
+  size_t end = kLength;
+  while (end > 0 && (static_cast<unsigned char>(text[end]) & 0xc0) == 0x80) --end;  // not inside a character
+  return text.substr(0, end) + "...";
+}
+
+std::string domain(const Field& field) {
+  if (!field.choices_.empty()) {
+    const bool many = std::holds_alternative<std::vector<std::string>>(field.default_value);
+    return (many ? "list of " : "one of ") + words(field.choices_);
+  }
+  std::string text = type_name(field.default_value);
+  if (field.length_ >= 0 && text.starts_with("list of ")) text = fmt::format("list of {} {}", field.length_, text.substr(8));
+  if (bounded(field)) text += " in " + interval(field);
+  return text;
+}
+
 const Field* Fields::find(const std::string& key) const {
   for (const Field& field : list)
     if (field.key == key) return &field;
@@ -88,7 +115,8 @@ std::vector<std::string> Fields::keys() const {
 
 std::string broken_rule(const Field& field, const Value& value) {
   if (value.index() != field.default_value.index())
-    return fmt::format("must be a {}, got the {} {}", type_name(field.default_value), type_name(value), to_toml(value));
+    return fmt::format("must be {} {}, got the {} {}", std::holds_alternative<int64_t>(field.default_value) ? "an" : "a",
+                       type_name(field.default_value), type_name(value), shorten(to_toml(value)));
   auto many = [&](const auto& values) {
     if (field.length_ >= 0 && static_cast<int64_t>(values.size()) != field.length_)
       return fmt::format("must have {} elements, got {}", field.length_, values.size());
@@ -98,7 +126,7 @@ std::string broken_rule(const Field& field, const Value& value) {
     if (field.choices_.empty()) return std::string();
     for (const std::string& choice : field.choices_)
       if (choice == text) return std::string();
-    return fmt::format("must be one of {}, got {}", list(field.choices_, quoted), quoted(text));
+    return fmt::format("must be one of {}, got {}", words(field.choices_), shorten(quoted(text)));
   };
   return std::visit(Overload{[](bool) { return std::string(); },
                              [&](int64_t v) { return broken_number(field, static_cast<double>(v), fmt::format("{}", v)); },

@@ -156,10 +156,21 @@ Config load_config(const std::filesystem::path& file, const std::vector<std::str
 // The same from text; `name` stands for the file in messages.
 Config parse_config(const std::string& toml, const std::string& name, const std::vector<std::string>& sets, const Registry& registry);
 
-// Rules that hold between tables and blocks, for a configuration made in memory as well: pattern, bindings, Block::check on `mesh`.
+// Every rule of every field, between tables, and of the blocks on `mesh`, for a configuration made in memory as well. Rules are left out
+// for keys and tables that `issues` already names. [data] is checked unless it is all default: who reads data calls check_data.
 void check_config(const Config& config, const Mesh& mesh, Issues& issues);
 
-// The resolved configuration as TOML: every key of every used table; parsing it gives the same Config.
+// Whether [data] says anything. A configuration without it can be planned and measured, not trained.
+bool has_data(const Config& config);
+
+// The degrees of [parallelism]. `world_size` 0: not known yet, and a shard degree of -1 counts as the smallest that the others admit.
+// Else throws Error(kUsage) when the degrees do not make `world_size` ranks.
+Mesh make_mesh(const ParallelismConfig& parallelism, int64_t world_size = 0);
+
+// Why a key of a core table has no effect in `config` ("has no effect with ..."), or "" when it has.
+std::string no_effect(const Config& config, const std::string& table, const std::string& key);
+
+// The resolved configuration as TOML: every key that has an effect; parsing it gives the same Config. Blocks that the pattern does not use are left out.
 std::string to_toml(const Config& config);
 
 Env make_env(const Config& config, const Mesh& mesh);

@@ -31,10 +31,13 @@ struct PatternProblem {
 };
 
 // Splits `text` into layers. Reports every problem: empty pattern or stage, `|` in the `/` part, a second `/`, an empty `/` part,
-// a byte outside printable ASCII. Symbols are not looked up here.
+// a space or a byte outside printable ASCII. Symbols are not looked up here.
 Pattern parse_pattern(std::string_view text, std::vector<PatternProblem>& problems);
 
-// `text` with a caret under each position, windowed for long patterns.
+// The same as issues of `key`, each with the text and a caret; after the eighth only their number.
+void check_pattern(std::string_view text, const std::string& key, Issues& issues);
+
+// `text` with a caret below `position`, in two indented lines; a long text is cut to the part around it. Unprintable bytes show as `?`.
 std::string show_position(std::string_view text, int64_t position);
 
 }  // namespace tessera

@@ -19,6 +19,8 @@ const char* type_name(const Value& value);
 // The value as TOML text: `true`, `64`, `0.1`, `"text"`, `[1, 2]`. Numbers round-trip exactly; inf and nan as TOML writes them.
 std::string to_toml(const Value& value);
 bool same_value(const Value& a, const Value& b);
+// `text` cut to a length that fits a message.
+std::string shorten(const std::string& text);
 
 // One key of a table. The setters return the field, so that a schema reads as one statement a key.
 struct Field {
@@ -55,6 +57,9 @@ struct Fields {
   const Field* find(const std::string& key) const;
   std::vector<std::string> keys() const;
 };
+
+// The values a field takes, for people: "integer in [1, inf)", `one of "a", "b"`, "list of 2 numbers".
+std::string domain(const Field& field);
 
 // The rule that `value` breaks ("must be in [1, inf), got 0"), or "" when it is admissible. Checks type, range, choices, length, finiteness.
 std::string broken_rule(const Field& field, const Value& value);

@@ -1,0 +1,246 @@
+#include "config/toml_tree.hpp"
+
+#include <algorithm>
+#include <optional>
+#include <sstream>
+
+#include <fmt/format.h>
+
+#define TOML_MAX_NESTED_VALUES 16
+#include <toml++/toml.h>
+
+namespace tessera {
+
+namespace {
+constexpr size_t kMaxBytes = 1 << 20;
+// toml++ recurses once a dot and once a bracket, also to destroy what it made: both are bounded before it sees the text.
+constexpr int64_t kMaxDots = 200;
+constexpr int kMaxDepth = 12;
+
+// Control characters would garble the terminal.
+std::string clean(std::string_view text, size_t limit = 160) {
+  std::string out;
+  for (unsigned char c : text) {
+    if (out.size() >= limit && (c & 0xc0) != 0x80) return out + "...";
+    out += c < 0x20 || c == 0x7f ? '?' : static_cast<char>(c);
+  }
+  return out;
+}
+
+[[noreturn]] void malformed(const std::string& name, int64_t line, int64_t column, const std::string& what) {
+  throw Error(ExitCode::kUsage, fmt::format("{}:{}:{}: error: {}", name, line, column, what));
+}
+
+void refuse_monsters(std::string_view text, const std::string& name) {
+  if (text.size() > kMaxBytes) malformed(name, 1, 1, fmt::format("the file has more than {} bytes: this is no configuration", kMaxBytes));
+  int64_t line = 1, dots = 0;
+  for (char c : text) {
+    if (c == '\n') ++line;
+    if (c == '\n' || c == '=' || c == ',' || c == '[' || c == '{') dots = 0;
+    if (c == '.' && ++dots > kMaxDots) malformed(name, line, 1, fmt::format("more than {} dots in one key or value", kMaxDots));
+  }
+}
+
+class Reader {
+ public:
+  explicit Reader(std::string set) : set_(std::move(set)) {}
+
+  TomlNode table(const toml::table& from, int depth) const {
+    TomlNode node;
+    node.place = place(from.source());
+    if (depth > kMaxDepth) throw Error(ExitCode::kUsage, node.place + ": error: tables are nested too deeply");
+    for (const auto& [key, value] : from) {
+      TomlNode child = read(value, depth + 1);
+      child.key_place = place(key.source());
+      node.entries.emplace_back(std::string(key.str()), std::move(child));
+    }
+    return node;
+  }
+
+ private:
+  std::string place(const toml::source_region& region) const {
+    if (!set_.empty()) return set_;
+    const std::string name = region.path ? *region.path : "";
+    return fmt::format("{}:{}:{}", name, std::max<int64_t>(1, region.begin.line), std::max<int64_t>(1, region.begin.column));
+  }
+
+  TomlNode read(const toml::node& from, int depth) const {
+    if (const auto* inner = from.as_table()) return table(*inner, depth);
+    TomlNode node{.kind = TomlNode::Kind::kValue, .place = place(from.source())};
+    if (const auto* v = from.as_boolean()) node.value = v->get();
+    else if (const auto* v = from.as_integer()) node.value = v->get();
+    else if (const auto* v = from.as_floating_point()) node.value = v->get();
+    else if (const auto* v = from.as_string()) node.value = v->get();
+    else if (const auto* v = from.as_array()) array(*v, node, depth);
+    else {
+      std::ostringstream text;
+      from.visit([&](const auto& v) { text << v; });
+      node.kind = TomlNode::Kind::kOther;
+      node.text = "the date or time " + clean(text.str());
+    }
+    return node;
+  }
+
+  void array(const toml::array& from, TomlNode& node, int depth) const {
+    if (from.is_array_of_tables()) {
+      node.kind = TomlNode::Kind::kTables;
+      for (const auto& n : from) node.entries.emplace_back(std::to_string(node.entries.size()), table(*n.as_table(), depth + 1));
+      return;
+    }
+    const bool integers = std::all_of(from.begin(), from.end(), [](const toml::node& n) { return n.is_integer(); });
+    const bool numbers = std::all_of(from.begin(), from.end(), [](const toml::node& n) { return n.is_number(); });
+    const bool strings = std::all_of(from.begin(), from.end(), [](const toml::node& n) { return n.is_string(); });
+    if (integers) {
+      std::vector<int64_t> list;
+      for (const auto& n : from) list.push_back(n.as_integer()->get());
+      node.value = std::move(list);
+    } else if (numbers) {
+      std::vector<double> list;
+      for (const auto& n : from) list.push_back(*n.value<double>());
+      node.value = std::move(list);
+    } else if (strings) {
+      std::vector<std::string> list;
+      for (const auto& n : from) list.push_back(n.as_string()->get());
+      node.value = std::move(list);
+    } else {
+      node.kind = TomlNode::Kind::kOther;
+      node.text = "an array of mixed or nested values";
+    }
+  }
+
+  std::string set_;
+};
+
+TomlNode parse(std::string_view text, const std::string& name, const std::string& set) {
+  try {
+    return Reader(set).table(toml::parse(text, std::string_view(name)), 0);
+  } catch (const toml::parse_error& error) {
+    const auto& at = error.source().begin;
+    malformed(name, std::max<int64_t>(1, at.line), std::max<int64_t>(1, at.column), clean(error.description()));
+  }
+}
+
+// `a."b c".d` at the start of `text`, up to the `=`.
+std::optional<std::vector<std::string>> split_key(std::string_view text, size_t& at, std::string& rule) {
+  std::vector<std::string> parts;
+  const auto skip_spaces = [&] { while (at < text.size() && text[at] == ' ') ++at; };
+  const auto refuse = [&](std::string why) { rule = std::move(why); return std::nullopt; };
+  for (;; ++at) {
+    skip_spaces();
+    std::string part;
+    if (at < text.size() && (text[at] == '"' || text[at] == '\'')) {
+      const size_t end = text.find(text[at], at + 1);
+      if (end == std::string_view::npos) return refuse("a quote in the key is not closed");
+      part = text.substr(at + 1, end - at - 1);
+      at = end + 1;
+    } else {
+      const size_t end = std::min(text.find_first_of(".=", at), text.size());
+      part = text.substr(at, end - at);
+      at = end;
+      while (part.ends_with(' ')) part.pop_back();
+    }
+    if (part.empty()) return refuse("a part of the key is empty");
+    parts.push_back(std::move(part));
+    if (parts.size() > kMaxDepth) return refuse("tables are nested too deeply");
+    skip_spaces();
+    if (at == text.size()) return refuse("must be KEY=VALUE");
+    if (text[at] == '=') return parts;
+    if (text[at] != '.') return refuse("a key is parts with dots between them");
+  }
+}
+
+// Puts `from`, a chain of tables that ends in a value, over `into`.
+void merge(TomlNode& into, TomlNode from, const std::string& path, Issues& issues) {
+  auto& [key, value] = from.entries.front();
+  const std::string name = path.empty() ? toml_key(key) : path + "." + toml_key(key);
+  const auto at = std::find_if(into.entries.begin(), into.entries.end(), [&](const auto& e) { return e.first == key; });
+  const bool new_table = value.kind == TomlNode::Kind::kTable && value.entries.size() == 1;
+  if (at == into.entries.end()) {
+    into.entries.emplace_back(key, std::move(value));
+  } else if (at->second.kind == TomlNode::Kind::kTable && new_table) {
+    merge(at->second, std::move(value), name, issues);
+  } else if (at->second.kind == TomlNode::Kind::kTable && value.kind != TomlNode::Kind::kTable) {
+    issues.add({name, fmt::format("is a table, got {}", value.describe()), fmt::format("set one of its keys, as in {}.KEY=VALUE", name), value.place});
+  } else {
+    at->second = std::move(value);
+  }
+}
+}  // namespace
+
+const TomlNode* TomlNode::find(std::string_view key) const {
+  for (const auto& [name, node] : entries)
+    if (name == key) return &node;
+  return nullptr;
+}
+
+const TomlNode& TomlNode::at(std::string_view path) const {
+  if (path.empty()) return *this;
+  const size_t end = path[0] == '[' ? path.find(']') + 1 : std::min(path.find_first_of(".["), path.size());
+  const std::string_view key = path[0] == '[' ? path.substr(1, end - 2) : path.substr(0, end);
+  const TomlNode* child = end > 0 ? find(key) : nullptr;
+  if (!child || (kind != Kind::kTable && kind != Kind::kTables)) return *this;
+  path.remove_prefix(end);
+  if (path.starts_with('.')) path.remove_prefix(1);
+  return child->at(path);
+}
+
+std::string TomlNode::describe() const {
+  if (kind == Kind::kTable) return "a table";
+  if (kind == Kind::kTables) return "an array of tables";
+  if (kind == Kind::kOther) return text;
+  return fmt::format("the {} {}", type_name(value), shorten(to_toml(value)));
+}
+
+std::string toml_key(std::string_view key) {
+  const bool bare = !key.empty() && std::all_of(key.begin(), key.end(), [](unsigned char c) { return c < 0x80 && (std::isalnum(c) || c == '_' || c == '-'); });
+  return bare ? std::string(key) : to_toml(Value(std::string(key)));
+}
+
+TomlNode parse_toml(std::string_view text, const std::string& name) {
+  refuse_monsters(text, name);
+  return parse(text, name, "");
+}
+
+void apply_set(TomlNode& root, const std::string& set, Issues& issues) {
+  const std::string label = "--set " + clean(set, 80);
+  size_t at = 0;
+  std::string rule;
+  const auto parts = split_key(set, at, rule);
+  if (!parts) {
+    issues.add({"--set", rule, "write --set TABLE.KEY=VALUE, as in --set training.steps=100", label});
+    return;
+  }
+  const std::string key = clean(set.substr(0, at), 80);
+  std::string value = set.substr(at + 1);
+  while (value.starts_with(' ')) value.erase(0, 1);
+  while (value.ends_with(' ')) value.pop_back();
+  if (value.empty()) {
+    issues.add({key, "the value is missing", "an empty string is written \"\"", label});
+    return;
+  }
+  std::string path;
+  for (const std::string& part : *parts) path += (path.empty() ? "" : ".") + to_toml(Value(part));
+  const auto read = [&](const std::string& text) {
+    refuse_monsters(text, label);
+    TomlNode chain = parse(path + " = " + text, label, label);
+    const TomlNode* node = &chain;
+    for (const std::string& part : *parts) {
+      if (node->kind != TomlNode::Kind::kTable || node->entries.size() != 1 || node->entries[0].first != part)
+        throw Error(ExitCode::kUsage, label + ": error: more than one value");
+      node = &node->entries[0].second;
+    }
+    return chain;
+  };
+  // What no TOML value begins with, and what holds no line break, is taken as a string.
+  const bool word = value.find_first_of("\n\r") == std::string::npos && std::string_view("\"'[{").find(value[0]) == std::string_view::npos;
+  std::optional<TomlNode> chain;
+  try {
+    chain = read(value);
+  } catch (const Error&) {
+    if (word) try { chain = read(to_toml(Value(value))); } catch (const Error&) {}
+  }
+  if (chain) merge(root, std::move(*chain), "", issues);
+  else issues.add({key, "the value is no TOML", "a string with special characters is quoted: KEY='\"text\"'", label});
+}
+
+}  // namespace tessera
