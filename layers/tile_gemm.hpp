@@ -110,6 +110,14 @@ inline float tile_dot(const float* a, const float* b, int64_t n) {
   return total;
 }
 
+// The same for any n; the last n % kTileCols products are added one by one.
+inline float tile_dot_any(const float* a, const float* b, int64_t n) {
+  const int64_t whole = n / kTileCols * kTileCols;
+  float total = tile_dot(a, b, whole);
+  for (int64_t i = whole; i < n; ++i) total += a[i] * b[i];
+  return total;
+}
+
 // The sum of a[i] over n, a multiple of kTileCols.
 inline float tile_sum(const float* a, int64_t n) {
   detail::Vector sum{};
