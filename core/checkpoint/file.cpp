@@ -6,6 +6,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <cstring>
 #include <nlohmann/json.hpp>
@@ -109,6 +110,25 @@ std::string read_file(const fs::path& path, int64_t max_bytes) {
   }
   text.resize(done);
   return text;
+}
+
+int open_append(const fs::path& path) {
+  const int fd = ::open(path.c_str(), O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0666);
+  if (fd < 0) fail(path, "cannot be created", errno);
+  return fd;
+}
+
+void append_to(int fd, std::string_view bytes, const fs::path& path) {
+  while (!bytes.empty()) {
+    const ssize_t n = ::write(fd, bytes.data(), bytes.size());
+    if (n < 0 && errno == EINTR) continue;
+    if (n < 0) fail(path, "cannot be written", errno);
+    bytes.remove_prefix(static_cast<size_t>(n));
+  }
+}
+
+void close_file(int fd) {
+  if (fd >= 0) ::close(fd);
 }
 
 void make_folder(const fs::path& folder) {

@@ -38,6 +38,10 @@ class AtomicFile {
 void write_file(const std::filesystem::path& path, std::string_view text);
 // The whole file. Refuses a folder, and a file above `max_bytes`.
 std::string read_file(const std::filesystem::path& path, int64_t max_bytes = int64_t{1} << 30);
+// A file that grows by whole records. Each append_to() is one write where the system allows, so that readers and a crash see whole records.
+int open_append(const std::filesystem::path& path);
+void append_to(int fd, std::string_view bytes, const std::filesystem::path& path);
+void close_file(int fd);
 // Creates a folder and its parents.
 void make_folder(const std::filesystem::path& folder);
 // Flushes a folder's entries.

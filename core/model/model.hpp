@@ -8,19 +8,12 @@
 #include <string>
 #include <vector>
 
+#include "data/batch.hpp"
 #include "plan/plan.hpp"
 #include "store/store.hpp"
 #include "tessera/spans.hpp"
 
 namespace tessera {
-
-// Tokens of one micro-batch on one rank.
-struct Batch {
-  at::Tensor ids_n;        // int64 [N], on the store's device
-  Spans spans;
-  at::Tensor valid_n;      // bool [N], false at padding; undefined: all valid
-  at::Tensor loss_mask_n;  // bool [N], true where the id may be a target; undefined: all
-};
 
 // What sums are divided by, over the global batch. Index 0 is the main prediction, i > 0 the head's pass i - 1.
 struct Denominators {
@@ -30,7 +23,8 @@ struct Denominators {
 Denominators denominators(const ModelPlan& plan, const Batch& batch);
 
 struct LossResult {
-  at::Tensor total;                       // fp32 [], differentiable: this batch's share of the global mean, auxiliary losses included
+  at::Tensor total;                       // fp32 [], differentiable: its backward pass gives all gradients, those of auxiliary losses included
+  at::Tensor value;                       // fp32 [], no gradient: this batch's share of the total loss, auxiliary losses included
   at::Tensor main;                        // fp32 [], no gradient: this batch's share of the main next-token mean
   std::map<std::string, at::Tensor> parts;  // "mtp.1", "seq_aux", "z", ...: shares of their means as they enter the total, no gradient
 };
@@ -78,14 +72,14 @@ class Model {
   // Cross-entropy of every position's next token, fp32 [N], 0 where it has no target.
   at::Tensor token_losses(const Batch& batch);
 
-  // Adds what was counted since the last call into nothing: returns it and starts anew.
+  // What was counted since the last call.
   LayerCounts take_counts();
   // Runs every block's after_step with counts over the global batch.
   void after_step(const LayerCounts& counts);
 
   // Label of the first place where a forward pass over `batch` gives a value that is not finite; "" when all are finite.
   std::string first_nonfinite(const Batch& batch);
-  // RMS of the residual stream after each layer, of the last forward pass with `detail` on.
+  // RMS of the residual stream after the embedding and after each layer.
   std::vector<double> residual_norms(const Batch& batch);
 
   const ModelPlan& plan() const { return *plan_; }
@@ -93,16 +87,19 @@ class Model {
 
  private:
   struct Layer;
-  struct RecomputeFunction;
-  at::Tensor run_layer(const Layer& layer, const at::Tensor& x_nd, const Batch& batch, const at::Tensor& valid_n, double token_scale,
-                       double document_scale, bool training, const DecodeState* state);
-  at::Tensor embed(const at::Tensor& ids_n);
-  at::Tensor run_stack(const std::vector<std::unique_ptr<Layer>>& layers, at::Tensor x_nd, const Batch& batch, const at::Tensor& valid_n,
-                       double token_scale, double document_scale, bool training, const DecodeState* state, const Observer& observer);
+  struct Pass;
+  at::ScalarType residual_dtype() const;
+  at::Tensor embed(const Weights& stem, const at::Tensor& ids_n);
+  const Weight& lm_head(const Weights& stem) const;
+  at::Tensor lm_head_compute(const Weights& stem) const;
+  at::Tensor run_layer(const Layer& layer, const at::Tensor& x_nd, const Pass& pass);
+  at::Tensor run_stack(const std::vector<std::unique_ptr<Layer>>& layers, at::Tensor x_nd, const Pass& pass, const Observer& observer);
+  at::Tensor main_hidden(const Weights& stem, const Pass& pass, const Observer& observer);
+  void run_head(const Weights& stem, at::Tensor hidden_nd, const Batch& batch, const Denominators* over, bool training,
+                const std::function<void(size_t, const at::Tensor&)>& use);
 
   const ModelPlan* plan_;
   Store* store_;
-  std::vector<std::string> recompute_;
   std::vector<std::unique_ptr<Layer>> layers_;
   std::vector<std::vector<std::unique_ptr<Layer>>> head_layers_;  // by weight set
   std::unique_ptr<Head> head_;

@@ -3,6 +3,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <deque>
+#include <functional>
 #include <map>
 #include <string>
 #include <vector>
@@ -52,6 +53,8 @@ class Store {
   at::Tensor buffer(const std::string& name) const;
   Buffers& buffers(const std::string& prefix) { return buffers_.at(prefix); }
   bool trainable(const std::string& name) const;
+  // View of a parameter's part of some flat buffer of its group: gradients, optimizer slots.
+  at::Tensor slot_view(const std::string& name, const std::function<const at::Tensor&(const FlatGroup&)>& flat) const;
 
   void zero_grad();
   // Zeroes the slots that no backward pass reached, so that the flat gradients are complete.

@@ -1,0 +1,242 @@
+#include "checkpoint/checkpoint.hpp"
+
+#include <ATen/core/grad_mode.h>
+#include <fmt/format.h>
+#include <fmt/ranges.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <boost/crc.hpp>
+#include <charconv>
+#include <set>
+
+namespace tessera {
+
+namespace fs = std::filesystem;
+using nlohmann::json;
+
+namespace {
+
+constexpr int64_t kFormat = 1;
+constexpr const char* kAside = ".saving-";
+
+uint32_t crc_of(const fs::path& path) {
+  const MappedFile file(path);
+  boost::crc_32_type crc;
+  crc.process_bytes(file.data(), static_cast<size_t>(file.size()));
+  return crc.checksum();
+}
+
+std::optional<int64_t> step_of(const fs::path& folder) {
+  const std::string name = folder.filename().string();
+  if (!name.starts_with("step-")) return std::nullopt;
+  int64_t step = 0;
+  auto [end, error] = std::from_chars(name.data() + 5, name.data() + name.size(), step);
+  if (error != std::errc() || end != name.data() + name.size()) return std::nullopt;
+  return step;
+}
+
+std::string some(const std::vector<std::string>& names) {
+  constexpr size_t kMost = 20;
+  std::vector<std::string> head(names.begin(), names.begin() + static_cast<std::ptrdiff_t>(std::min(names.size(), kMost)));
+  std::string text = fmt::format("{}", fmt::join(head, ", "));
+  if (names.size() > kMost) text += fmt::format(" and {} more", names.size() - kMost);
+  return text;
+}
+
+json plugin_versions(const Config& config, const Registry& registry) {
+  json out = json::object();
+  for (const Binding& binding : config.bindings) out[std::string(binding.type->type())] = binding.type->version();
+  if (config.head) out[std::string(config.head->type->type())] = config.head->type->version();
+  return out;
+}
+
+}  // namespace
+
+void save_checkpoint_files(const fs::path& folder, const Config& config, const Registry& registry, const CheckpointState& state,
+                           const std::function<void(const fs::path&)>& write_tensors) {
+  if (fs::exists(folder)) throw Error(ExitCode::kRuntime, fmt::format("{}: a checkpoint is there already", folder.string()));
+  make_folder(fs::absolute(folder).parent_path());
+  const fs::path aside = fs::absolute(folder).parent_path() / fmt::format("{}{}-{}", kAside, folder.filename().string(), getpid());
+  std::error_code ignored;
+  fs::remove_all(aside, ignored);
+  try {
+    make_folder(aside);
+    write_tensors(aside);
+    write_file(aside / "config.toml", to_toml(config));
+    json files = json::object();
+    for (const auto& entry : fs::directory_iterator(aside))
+      files[entry.path().filename().string()] = {{"bytes", entry.file_size()}, {"crc32", crc_of(entry.path())}};
+    const json document{{"format", kFormat}, {"step", state.step}, {"tokens", state.tokens}, {"plugins", plugin_versions(config, registry)},
+                        {"data", state.data}, {"hf", state.hf}, {"extra", state.extra}, {"files", files}};
+    write_file(aside / "state.json", document.dump(1) + "\n");
+    sync_folder(aside);
+    rename_into_place(aside, folder);
+  } catch (...) {
+    fs::remove_all(aside, ignored);
+    throw;
+  }
+}
+
+void save_checkpoint(const fs::path& folder, const Config& config, const Registry& registry, Store& store, Optimizer* optimizer, const CheckpointState& state) {
+  at::NoGradGuard no_grad;
+  save_checkpoint_files(folder, config, registry, state, [&](const fs::path& aside) {
+    const auto rows = tensor_rows(store.plan());
+    std::vector<TensorSpec> specs;
+    for (const TensorRow& row : rows) specs.push_back({.name = row.name, .dtype = at::kFloat, .shape = row.shape()});
+    SafetensorsFolderWriter model(aside, specs);
+    for (const TensorRow& row : rows) model.write(row.name, row.param ? store.parameter(row.name) : store.buffer(row.name));
+    model.finish();
+    if (!optimizer) return;
+    specs.clear();
+    for (const std::string& slot : Optimizer::slots())
+      for (const TensorRow& row : rows)
+        if (row.param && store.trainable(row.name)) specs.push_back({.name = "optimizer." + slot + "." + row.name, .dtype = at::kFloat, .shape = row.shape()});
+    SafetensorsFolderWriter moments(aside, specs, {{"format", "pt"}}, 5'000'000'000, "optimizer");
+    for (const std::string& slot : Optimizer::slots())
+      for (const TensorRow& row : rows)
+        if (row.param && store.trainable(row.name)) moments.write("optimizer." + slot + "." + row.name, optimizer->moment(slot, row.name));
+    moments.finish();
+  });
+}
+
+std::vector<fs::path> list_checkpoints(const fs::path& folder) {
+  std::vector<std::pair<int64_t, fs::path>> found;
+  std::error_code error;
+  for (const auto& entry : fs::directory_iterator(folder, error))
+    if (auto step = step_of(entry.path()); step && fs::exists(entry.path() / "state.json")) found.emplace_back(*step, entry.path());
+  std::sort(found.begin(), found.end());
+  std::vector<fs::path> out;
+  for (auto& [step, path] : found) out.push_back(path);
+  return out;
+}
+
+void prune_checkpoints(const fs::path& folder, int64_t keep) {
+  const auto all = list_checkpoints(folder);
+  const auto surplus = keep > 0 ? std::max<int64_t>(0, static_cast<int64_t>(all.size()) - keep) : 0;
+  std::error_code ignored;
+  for (int64_t i = 0; i < surplus; ++i) {
+    // Renamed first: a crash in the middle of the removal must not leave half a checkpoint under a complete one's name.
+    const fs::path doomed = folder / fmt::format("{}removed-{}", kAside, all[static_cast<size_t>(i)].filename().string());
+    fs::rename(all[static_cast<size_t>(i)], doomed, ignored);
+  }
+  std::vector<fs::path> leftovers;
+  for (const auto& entry : fs::directory_iterator(folder, ignored))
+    if (entry.path().filename().string().starts_with(kAside)) leftovers.push_back(entry.path());
+  for (const fs::path& path : leftovers) fs::remove_all(path, ignored);
+}
+
+OpenCheckpoint open_checkpoint(const fs::path& given, bool verify) {
+  fs::path folder = given;
+  if (!fs::is_directory(folder)) throw Error(ExitCode::kRuntime, fmt::format("{}: no such folder", folder.string()), "name a run's folder or one of its checkpoints/step-N");
+  if (!fs::exists(folder / "state.json")) {
+    for (const fs::path& below : {folder / "checkpoints", folder})
+      if (auto all = list_checkpoints(below); !all.empty()) {
+        folder = all.back();
+        break;
+      }
+    if (!fs::exists(folder / "state.json")) {
+      const bool hub = fs::exists(folder / "config.json");
+      throw Error(ExitCode::kRuntime, fmt::format("{}: no complete checkpoint there", folder.string()),
+                  hub ? fmt::format("it looks like a Hugging Face checkpoint: `tessera convert {} OUT --to tessera` first", folder.string()) : "");
+    }
+  }
+  const fs::path file = folder / "state.json";
+  const json document = strict_json(read_file(file, int64_t{64} << 20), file.string(), 64);
+  CheckpointState state;
+  try {
+    if (document.at("format").get<int64_t>() > kFormat)
+      throw Error(ExitCode::kRuntime, fmt::format("{}: format {} is newer than this program's {}", file.string(), document.at("format").get<int64_t>(), kFormat));
+    state.step = document.at("step").get<int64_t>();
+    state.tokens = document.at("tokens").get<int64_t>();
+    state.data = document.at("data");
+    state.hf = document.at("hf");
+    state.extra = document.at("extra");
+    for (const auto& [name, facts] : document.at("files").items()) {
+      const fs::path path = folder / fs::path(name).filename();
+      if (!fs::is_regular_file(path)) throw Error(ExitCode::kRuntime, fmt::format("{}: missing from the checkpoint", path.string()));
+      const auto bytes = facts.at("bytes").get<int64_t>();
+      const auto size = static_cast<int64_t>(fs::file_size(path));
+      if (size != bytes) throw Error(ExitCode::kRuntime, fmt::format("{}: damaged: {} bytes, {} when it was written", path.string(), size, bytes), "take an older checkpoint");
+      if (verify && crc_of(path) != facts.at("crc32").get<uint32_t>())
+        throw Error(ExitCode::kRuntime, fmt::format("{}: damaged: its CRC-32 is not that of when it was written", path.string()), "take an older checkpoint");
+    }
+  } catch (const json::exception& error) {
+    throw Error(ExitCode::kRuntime, fmt::format("{}: not a checkpoint's state: {}", file.string(), error.what()));
+  }
+  OpenCheckpoint open{.folder = folder, .state = std::move(state), .model = SafetensorsFolder::open(folder)};
+  if (SafetensorsFolder::exists(folder, "optimizer")) open.optimizer = SafetensorsFolder::open(folder, "optimizer");
+  return open;
+}
+
+Config checkpoint_config(const OpenCheckpoint& checkpoint, const std::vector<std::string>& sets, const Registry& registry) {
+  return load_config(checkpoint.folder / "config.toml", sets, registry);
+}
+
+namespace {
+
+std::string renamed(const std::string& name, const std::vector<std::string>& map) {
+  for (const std::string& rule : map) {
+    const auto equals = rule.find('=');
+    if (equals == std::string::npos)
+      throw Error(ExitCode::kUsage, fmt::format("checkpoint.initial_load_map: must be \"from=to\", got \"{}\"", rule));
+    if (name.starts_with(rule.substr(0, equals))) return rule.substr(equals + 1) + name.substr(equals);
+  }
+  return name;
+}
+
+}  // namespace
+
+LoadReport load_weights(const SafetensorsFolder& file, Store& store, bool partial, const std::vector<std::string>& map) {
+  at::NoGradGuard no_grad;
+  LoadReport report;
+  std::map<std::string, std::string> source_of;  // the model's name -> the file's
+  for (const std::string& name : file.names()) {
+    auto [place, added] = source_of.emplace(renamed(name, map), name);
+    if (!added) throw Error(ExitCode::kUsage, fmt::format("checkpoint.initial_load_map: '{}' and '{}' both become '{}'", place->second, name, place->first));
+  }
+  std::vector<std::pair<TensorRow, std::string>> take;
+  for (const TensorRow& row : tensor_rows(store.plan())) {
+    auto found = source_of.find(row.name);
+    if (found == source_of.end()) {
+      report.missing.push_back(row.name);
+      continue;
+    }
+    const TensorEntry* entry = file.find(found->second);
+    if (entry->shape != row.shape())
+      report.misshapen.push_back(fmt::format("{}: [{}] in the file, [{}] in the model", row.name, fmt::join(entry->shape, ", "), fmt::join(row.shape(), ", ")));
+    else take.emplace_back(row, found->second);
+    source_of.erase(found);
+  }
+  for (const auto& [name, original] : source_of) report.unexpected.push_back(original);
+  if (!partial && !(report.missing.empty() && report.unexpected.empty() && report.misshapen.empty())) {
+    std::string text = fmt::format("{}: the checkpoint is of another architecture", file.path().string());
+    if (!report.missing.empty()) text += fmt::format("\n  missing ({}): {}", report.missing.size(), some(report.missing));
+    if (!report.unexpected.empty()) text += fmt::format("\n  unexpected ({}): {}", report.unexpected.size(), some(report.unexpected));
+    if (!report.misshapen.empty()) text += fmt::format("\n  misshapen ({}): {}", report.misshapen.size(), some(report.misshapen));
+    throw Error(ExitCode::kRuntime, text);
+  }
+  for (const auto& [row, name] : take) (row.param ? store.parameter(row.name) : store.buffer(row.name)).copy_(file.tensor(name));
+  report.loaded = static_cast<int64_t>(take.size());
+  store.touch();
+  return report;
+}
+
+void load_optimizer(const OpenCheckpoint& checkpoint, Store& store, Optimizer& optimizer) {
+  at::NoGradGuard no_grad;
+  if (!checkpoint.optimizer)
+    throw Error(ExitCode::kRuntime, fmt::format("{}: holds no optimizer state, so a run cannot be resumed from it", checkpoint.folder.string()),
+                "start a new run from its weights with [checkpoint] initial_load_path");
+  for (const std::string& slot : Optimizer::slots())
+    for (const TensorRow& row : tensor_rows(store.plan())) {
+      if (!row.param || !store.trainable(row.name)) continue;
+      const std::string name = "optimizer." + slot + "." + row.name;
+      const TensorEntry* entry = checkpoint.optimizer->find(name);
+      if (!entry || entry->shape != row.shape())
+        throw Error(ExitCode::kRuntime, fmt::format("{}: {} is {}", checkpoint.optimizer->path().string(), name, entry ? "misshapen" : "missing"));
+      optimizer.moment(slot, row.name).copy_(checkpoint.optimizer->tensor(name));
+    }
+  optimizer.set_steps_taken(checkpoint.state.step);
+}
+
+}  // namespace tessera

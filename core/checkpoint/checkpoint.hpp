@@ -1,0 +1,66 @@
+// Checkpoints of a run: `checkpoints/step-N/` with config.toml, model.safetensors, optimizer.safetensors and state.json.
+// Tensors are logical (no rank, stage or layout in a name); a checkpoint stands alone. A save is written aside, flushed and renamed into
+// place, so a crash at any instant leaves the last complete one.
+#pragma once
+#include <nlohmann/json.hpp>
+
+#include <filesystem>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "checkpoint/safetensors.hpp"
+#include "config/config.hpp"
+#include "store/store.hpp"
+#include "train/optimizer.hpp"
+
+namespace tessera {
+
+// What a checkpoint holds beside its tensors. Written as state.json, which also records every file's size and CRC-32.
+struct CheckpointState {
+  int64_t step = 0;        // optimizer steps taken
+  int64_t tokens = 0;      // tokens trained on
+  nlohmann::json data;     // position and hash of the data, as the loader gives it
+  nlohmann::json hf;       // what an import kept of HF's config.json; null when there was none
+  nlohmann::json extra;    // anything else that a resumed run needs
+};
+
+// A checkpoint on disk whose files are complete and undamaged (sizes always, checksums when `verify`).
+struct OpenCheckpoint {
+  std::filesystem::path folder;
+  CheckpointState state;
+  SafetensorsFolder model;
+  std::optional<SafetensorsFolder> optimizer;
+};
+
+// Writes `<folder>` (which must not exist); optimizer may be null. Throws Error(kRuntime) naming the file and the system's reason; nothing is left then.
+void save_checkpoint(const std::filesystem::path& folder, const Config& config, const Registry& registry, Store& store, Optimizer* optimizer,
+                     const CheckpointState& state);
+// The same where the tensors come from somewhere else: `write_tensors` fills the folder it is given with model.safetensors[...].
+void save_checkpoint_files(const std::filesystem::path& folder, const Config& config, const Registry& registry, const CheckpointState& state,
+                           const std::function<void(const std::filesystem::path&)>& write_tensors);
+
+// Throws Error(kRuntime) that names the missing or damaged file. `folder` may be a run (its newest checkpoint is taken) or a checkpoint.
+OpenCheckpoint open_checkpoint(const std::filesystem::path& folder, bool verify = true);
+// config.toml of a checkpoint, with `sets` on top.
+Config checkpoint_config(const OpenCheckpoint& checkpoint, const std::vector<std::string>& sets, const Registry& registry);
+
+// Complete checkpoints `step-N` below `folder`, oldest first.
+std::vector<std::filesystem::path> list_checkpoints(const std::filesystem::path& folder);
+// Removes all but the newest `keep` (0 keeps all) and what interrupted saves left.
+void prune_checkpoints(const std::filesystem::path& folder, int64_t keep);
+
+// What a load did, for printing.
+struct LoadReport {
+  int64_t loaded = 0;
+  std::vector<std::string> missing;     // wanted by the model, not in the file: kept their initial values
+  std::vector<std::string> unexpected;  // in the file, not in the model
+  std::vector<std::string> misshapen;   // "name: [8, 4] in the file, [8, 8] in the model"
+};
+
+// Fills the store from tensors by checkpoint name. Unless `partial`, anything missing, unexpected or misshapen is an Error(kRuntime) that lists it.
+// `map` holds "from=to" prefixes applied to the file's names, the first that fits. Source dtypes are converted to fp32.
+LoadReport load_weights(const SafetensorsFolder& file, Store& store, bool partial = false, const std::vector<std::string>& map = {});
+void load_optimizer(const OpenCheckpoint& checkpoint, Store& store, Optimizer& optimizer);
+
+}  // namespace tessera

@@ -1,0 +1,61 @@
+#include <fmt/format.h>
+
+#include <charconv>
+
+#include "cli/verbs.hpp"
+#include "train/setup.hpp"
+
+namespace tessera {
+
+void add_sets(CLI::App& verb, std::vector<std::string>& sets) {
+  verb.add_option("--set", sets, "a.b=c on top of the configuration, c as in TOML; as often as wanted")->take_all()->expected(1)->allow_extra_args(false)->type_name("KEY=VALUE");
+}
+
+Registry load_registry(const std::vector<std::string>& extra) { return Registry::load(Registry::search_paths(extra)); }
+
+Loaded load_with_plugins(const std::string& file, const std::vector<std::string>& sets) {
+  Loaded loaded{.registry = load_registry(plugin_paths(file, sets))};
+  loaded.config = load_config(file, sets, loaded.registry);
+  return loaded;
+}
+
+std::unique_ptr<Runnable> open_runnable(const std::string& folder, const std::vector<std::string>& sets) {
+  auto checkpoint = open_checkpoint(folder, /*verify=*/false);
+  auto loaded = load_with_plugins((checkpoint.folder / "config.toml").string(), sets);
+  apply_runtime(loaded.config.training);
+  const at::Device device = choose_device(loaded.config.training.device);
+  auto runnable = std::make_unique<Runnable>(Runnable{.registry = std::move(loaded.registry), .checkpoint = std::move(checkpoint), .config = std::move(loaded.config)});
+  runnable->plan = make_plan(runnable->config);
+  runnable->store = std::make_unique<Store>(runnable->plan, device, choose_dtype(runnable->config.training.dtype, device));
+  load_weights(runnable->checkpoint.model, *runnable->store);
+  runnable->model = std::make_unique<Model>(runnable->plan, *runnable->store);
+  return runnable;
+}
+
+Mesh parse_mesh(const std::string& text) {
+  Mesh mesh;
+  const std::vector<std::pair<std::string, int64_t*>> axes{{"pp", &mesh.pp}, {"dp_replicate", &mesh.dp_replicate}, {"dp_shard", &mesh.dp_shard}, {"cp", &mesh.cp},
+                                                           {"tp", &mesh.tp}, {"ep", &mesh.ep}, {"etp", &mesh.etp}};
+  size_t begin = 0;
+  while (begin <= text.size() && !text.empty()) {
+    const size_t end = std::min(text.find(',', begin), text.size());
+    const std::string part = text.substr(begin, end - begin);
+    const size_t equals = part.find('=');
+    int64_t* to = nullptr;
+    for (const auto& [name, field] : axes)
+      if (equals != std::string::npos && part.substr(0, equals) == name) to = field;
+    int64_t value = 0;
+    const char* last = part.data() + part.size();
+    if (!to) throw Error(ExitCode::kUsage, fmt::format("--mesh: \"{}\" must be AXIS=DEGREE", part), "axes: pp, dp_replicate, dp_shard, cp, tp, ep, etp");
+    if (auto [stop, error] = std::from_chars(part.data() + equals + 1, last, value); error != std::errc() || stop != last || value < 1)
+      throw Error(ExitCode::kUsage, fmt::format("--mesh: {} must be an integer of at least 1, got \"{}\"", part.substr(0, equals), part.substr(equals + 1)));
+    *to = value;
+    begin = end + 1;
+  }
+  const int64_t ranks = mesh.dp_shard * mesh.cp * mesh.tp;
+  if (ranks % (mesh.ep * mesh.etp))
+    throw Error(ExitCode::kUsage, fmt::format("--mesh: ep x etp = {} must divide dp_shard x cp x tp = {}", mesh.ep * mesh.etp, ranks));
+  return mesh;
+}
+
+}  // namespace tessera

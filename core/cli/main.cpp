@@ -1,0 +1,44 @@
+// The command: parses the line, runs the verb, turns errors into text and exit codes.
+#include <c10/util/Exception.h>
+
+#include <cstdio>
+#include <iostream>
+#include <new>
+
+#include "cli/verbs.hpp"
+
+namespace {
+
+int usage(const CLI::App& app, const CLI::ParseError& error) {
+  if (error.get_exit_code() == 0) return app.exit(error);  // --help, --version
+  std::cerr << "error: " << error.what() << "\nhelp: tessera --help lists the verbs, tessera VERB --help their options\n";
+  return static_cast<int>(tessera::ExitCode::kUsage);
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  using namespace tessera;
+  CLI::App app{"tessera: hybrid sequence models from a pattern string", "tessera"};
+  app.set_version_flag("--version", TESSERA_VERSION);
+  app.require_subcommand(1);
+  Run run;
+  for (auto add : {add_train, add_generate, add_eval, add_convert, add_verify, add_plan, add_bench, add_plugins, add_new_plugin}) add(app, run);
+  app.footer("`./tessera setup` and `./tessera test [FILTER] [--all]` are the launcher's own verbs.");
+  try {
+    app.parse(argc, argv);
+    return run();
+  } catch (const CLI::ParseError& error) {
+    return usage(app, error);
+  } catch (const Error& error) {
+    std::cerr << error.what() << std::endl;
+    return static_cast<int>(error.code());
+  } catch (const c10::Error& error) {
+    std::cerr << "error: libtorch: " << error.what_without_backtrace() << std::endl;
+  } catch (const std::bad_alloc&) {
+    std::cerr << "error: out of memory\nhelp: lower training.local_batch_size or training.seq_len; `tessera plan` says what a model needs" << std::endl;
+  } catch (const std::exception& error) {
+    std::cerr << "error: " << error.what() << std::endl;
+  }
+  return static_cast<int>(ExitCode::kRuntime);
+}

@@ -1,0 +1,37 @@
+// Throughput of whole training steps and of decoding, on random tokens.
+#pragma once
+#include <string>
+#include <vector>
+
+#include "config/config.hpp"
+
+namespace tessera {
+
+struct BenchOptions {
+  int64_t steps = 5;             // timed training steps, after one that is not
+  int64_t decode_batch = 1;      // sequences
+  int64_t decode_context = 64;   // tokens before the first timed one
+  int64_t decode_tokens = 32;    // timed tokens a sequence
+};
+
+// Time of one kind of block in a training step.
+struct BlockTime {
+  std::string name;
+  int64_t num_layers = 0;
+  double forward_s = 0, backward_s = 0;  // of one layer alone, on the step's tokens
+  double flops = 0;                      // forward, declared
+  double bytes = 0;                      // forward, declared
+};
+
+struct BenchResult {
+  std::string config, dtype, device;
+  int64_t params = 0, peak_bytes = 0;
+  double train_tokens_per_s = 0, train_step_s = 0, train_flops_per_s = 0;  // medians
+  double prefill_tokens_per_s = 0, decode_tokens_per_s = 0;
+  double matrix_peak = 0, memory_peak = 0;  // FLOP/s and bytes/s of this machine, measured
+  std::vector<BlockTime> blocks;
+};
+
+BenchResult bench(const Config& config, const BenchOptions& options);
+
+}  // namespace tessera

@@ -1,0 +1,95 @@
+#include "plan/memory.hpp"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <set>
+
+namespace tessera {
+
+namespace {
+
+double local_elements(const Param& param, const Mesh& mesh) {
+  const auto shape = local_shape(param, mesh, nullptr);
+  return static_cast<double>(num_elements(shape ? *shape : param.shape));
+}
+
+bool recomputed(const Config& config, const std::string& binding) {
+  const auto& types = config.activation_checkpoint.block_types;
+  return config.activation_checkpoint.mode == "full" ||
+         (config.activation_checkpoint.mode == "selective" && std::find(types.begin(), types.end(), binding) != types.end());
+}
+
+}  // namespace
+
+MemoryPlan plan_memory(const ModelPlan& plan, const Config& config, const Mesh& mesh) {
+  MemoryPlan memory;
+  const bool bf16 = config.training.dtype == "bfloat16";
+  const double element = bf16 ? 2 : 4;
+  double elements = 0, copied = 0, buffers = 0;
+  // The stage with most parameters decides; the stem lies on the first and last and is counted with every stage.
+  std::vector<double> by_stage(static_cast<size_t>(std::max<int64_t>(plan.pattern.num_stages, 1)), 0.0), copied_by_stage = by_stage;
+  for (const TensorRow& row : tensor_rows(plan)) {
+    if (row.buffer) {
+      buffers += static_cast<double>(num_elements(row.buffer->shape));
+      continue;
+    }
+    const double n = local_elements(*row.param, mesh), copy = row.param->fp32 ? 0 : n;
+    if (row.layer && !row.name.starts_with("heads.") && mesh.pp > 1) by_stage[static_cast<size_t>(row.layer->stage)] += n, copied_by_stage[static_cast<size_t>(row.layer->stage)] += copy;
+    else elements += n, copied += copy;
+  }
+  elements += *std::max_element(by_stage.begin(), by_stage.end());
+  copied += *std::max_element(copied_by_stage.begin(), copied_by_stage.end());
+  const double shard = static_cast<double>(mesh.dp_shard);
+  memory.parameters = 4 * (elements / shard + buffers);
+  memory.gradients = 4 * elements / shard;
+  memory.optimizer = 8 * elements / shard;
+  memory.compute = bf16 ? 2 * copied / shard : 0;
+
+  const Documents documents{{.length = config.training.seq_len, .count = config.training.local_batch_size}};
+  const double n = static_cast<double>(num_tokens(documents)), d = static_cast<double>(plan.env.hidden_size);
+  double kept = n * d, largest = 0;
+  auto stack = [&](const std::vector<LayerPlan>& layers) {
+    for (const LayerPlan& layer : layers) {
+      const double activations = layer.type->cost(layer.config, plan.env, documents).activations + 2 * n * d;
+      if (recomputed(config, layer.binding)) kept += n * d, largest = std::max(largest, activations);
+      else kept += activations;
+    }
+  };
+  stack(plan.layers);
+  if (plan.head)
+    for (const HeadPass& pass : plan.head->passes) {
+      kept += plan.head->type->cost(plan.head->config, plan.env, documents).activations;
+      stack(plan.head->sets[static_cast<size_t>(pass.weight_set)].layers);
+    }
+  memory.activations = element * (kept + largest + 2 * n * d) / static_cast<double>(mesh.cp * mesh.tp * mesh.pp);
+  return memory;
+}
+
+Mesh config_mesh(const Config& config) {
+  const ParallelismConfig& p = config.parallelism;
+  return {.pp = p.pipeline_parallel_degree, .dp_replicate = p.data_parallel_replicate_degree, .dp_shard = std::max<int64_t>(p.data_parallel_shard_degree, 1),
+          .cp = p.context_parallel_degree, .tp = p.tensor_parallel_degree, .ep = p.expert_parallel_degree, .etp = p.expert_tensor_parallel_degree};
+}
+
+void check_mesh(const Config& config, const Mesh& mesh) {
+  Issues issues;
+  check_config(config, mesh, issues);
+  if (mesh.pp > 1 && config.pattern.num_stages > 1 && config.pattern.num_stages % mesh.pp)
+    issues.add("pp", fmt::format("must divide the pattern's {} stages, got {}", config.pattern.num_stages, mesh.pp));
+  if (mesh.pp > static_cast<int64_t>(config.pattern.main.size()))
+    issues.add("pp", fmt::format("must not exceed the {} layers, got {}", config.pattern.main.size(), mesh.pp));
+  if (issues.empty()) {
+    const ModelPlan plan = make_plan(config, mesh);
+    std::set<std::string> told;  // a rule of a block type is the same for all its layers
+    for (const TensorRow& row : tensor_rows(plan)) {
+      std::string why;
+      if (!row.param || local_shape(*row.param, mesh, &why)) continue;
+      const std::string key = row.layer ? "blocks." + row.layer->binding : "model";
+      if (told.insert(key + why).second) issues.add(key, why);
+    }
+  }
+  issues.raise();
+}
+
+}  // namespace tessera

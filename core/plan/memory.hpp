@@ -1,0 +1,24 @@
+// Memory of one rank and the rules of a mesh, from the plan's rows alone.
+#pragma once
+#include "plan/plan.hpp"
+
+namespace tessera {
+
+// Bytes on the rank that holds most.
+struct MemoryPlan {
+  double parameters = 0;   // fp32 masters and buffers
+  double gradients = 0;    // fp32
+  double optimizer = 0;    // two fp32 moments
+  double compute = 0;      // copies in the compute dtype; 0 in fp32
+  double activations = 0;  // of one micro-batch, recomputed layers counted by their input
+  double total() const { return parameters + gradients + optimizer + compute + activations; }
+};
+MemoryPlan plan_memory(const ModelPlan& plan, const Config& config, const Mesh& mesh);
+
+// Degrees of [parallelism], with -1 as 1 rank.
+Mesh config_mesh(const Config& config);
+
+// Throws one Error(kUsage) with every rule of the blocks and of the parameters' rows that `mesh` breaks, each with its numbers.
+void check_mesh(const Config& config, const Mesh& mesh);
+
+}  // namespace tessera

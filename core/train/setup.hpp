@@ -1,0 +1,20 @@
+// What a configuration means on this machine: device, compute dtype, threads, determinism.
+#pragma once
+#include <ATen/core/Tensor.h>
+
+#include <string>
+
+#include "config/config.hpp"
+
+namespace tessera {
+
+// auto takes the GPU when libtorch sees one. Throws Error(kUsage) when cuda is asked for and there is none.
+at::Device choose_device(const std::string& device);
+// auto takes bfloat16 where a small product is faster in it than in fp32, which is measured, never assumed.
+at::ScalarType choose_dtype(const std::string& dtype, at::Device device);
+// Threads and deterministic algorithms of this process.
+void apply_runtime(const TrainingConfig& training);
+// "float32", "bfloat16".
+std::string dtype_name(at::ScalarType dtype);
+
+}  // namespace tessera

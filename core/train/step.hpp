@@ -1,0 +1,31 @@
+// One optimizer step over the micro-batches of a global batch.
+#pragma once
+#include <map>
+#include <string>
+#include <vector>
+
+#include "model/model.hpp"
+#include "train/optimizer.hpp"
+
+namespace tessera {
+
+struct StepResult {
+  double loss = 0;        // main next-token mean over the global batch, nats
+  double total_loss = 0;  // with the head's predictions and auxiliary losses
+  double grad_norm = 0;   // before clipping
+  std::map<std::string, double> parts;  // "mtp.1", "seq_aux", "z"
+  LayerCounts counts;
+  bool finite = true;     // false: loss or gradient was not, and no step was taken
+};
+
+// Forward and backward over `micro_batches`, clipping, AdamW, blocks' after_step. The loss and its gradients are means over the
+// valid targets of all micro-batches together. A loss or gradient that is not finite leaves weights, moments and buffers untouched,
+// with the gradients still in the store for a diagnosis.
+StepResult train_step(Model& model, Optimizer& optimizer, const std::vector<Batch>& micro_batches, double lr, double max_norm);
+// The forward and backward half alone: fills the store's gradients.
+StepResult accumulate(Model& model, const std::vector<Batch>& micro_batches);
+
+// Where a value that is not finite came from: "layers.3 (mamba2), forward", or the gradient of the last unit of the stack that has one.
+std::string diagnose_nonfinite(Model& model, const std::vector<Batch>& micro_batches);
+
+}  // namespace tessera

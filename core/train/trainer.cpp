@@ -1,0 +1,270 @@
+#include "train/trainer.hpp"
+
+#include <ATen/Parallel.h>
+#include <ATen/core/grad_mode.h>
+#include <fmt/format.h>
+#include <unistd.h>
+
+#include <chrono>
+#include <cmath>
+#include <csignal>
+#include <fstream>
+#include <iostream>
+#include <nlohmann/json.hpp>
+
+#include "checkpoint/checkpoint.hpp"
+#include "checkpoint/file.hpp"
+#include "data/loader.hpp"
+#include "hf/convert.hpp"
+#include "metrics/events.hpp"
+#include "metrics/machine.hpp"
+#include "metrics/metrics_file.hpp"
+#include "metrics/progress.hpp"
+#include "model/model.hpp"
+#include "train/evaluate.hpp"
+#include "train/profile.hpp"
+#include "train/setup.hpp"
+#include "train/signals.hpp"
+#include "train/step.hpp"
+
+namespace tessera {
+
+namespace fs = std::filesystem;
+using nlohmann::json;
+
+namespace {
+
+double seconds() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
+
+std::vector<std::string> recompute_bindings(const ActivationCheckpointConfig& config) {
+  if (config.mode == "full") return {"*"};
+  return config.mode == "selective" ? config.block_types : std::vector<std::string>{};
+}
+
+class Run {
+ public:
+  Run(const Config& config, const Registry& registry, const TrainOptions& options)
+      : config_(config), registry_(registry), options_(options), folder_(config.run.folder), checkpoints_(folder_ / "checkpoints") {}
+
+  int go() {
+    if (open_folder()) return 0;
+    apply_runtime(config_.training);
+    device_ = choose_device(config_.training.device);
+    dtype_ = choose_dtype(config_.training.dtype, device_);
+    plan_ = make_plan(config_);
+    store_ = std::make_unique<Store>(plan_, device_, dtype_, config_.training.freeze);
+    optimizer_ = std::make_unique<Optimizer>(*store_, config_.optimizer);
+    dataset_ = Dataset::open(config_.data, config_.model.vocab_size, {{"libtorch", TESSERA_TORCH_INCLUDE}});
+    loader_ = std::make_unique<Loader>(dataset_, config_.training.seq_len);
+    model_ = std::make_unique<Model>(plan_, *store_, recompute_bindings(config_.activation_checkpoint));
+    if (resume_from_) restore();
+    else begin();
+    if (config_.validation.interval > 0) validation_ = validation_rows(dataset_, config_.training.seq_len, config_.validation.tokens);
+    say_hello();
+    return loop();
+  }
+
+ private:
+  // True when the run is finished already.
+  bool open_folder() {
+    const auto complete = list_checkpoints(checkpoints_);
+    if (!options_.resume) {
+      if (fs::exists(folder_ / "metrics.jsonl") || !complete.empty())
+        throw Error(ExitCode::kUsage, fmt::format("{}: holds a run already", folder_.string()), "go on with it by --resume, or choose another [run] folder or name");
+    } else if (complete.empty()) {
+      say(fmt::format("no complete checkpoint in {}: starting at step 0", checkpoints_.string()));
+    } else {
+      resume_from_ = open_checkpoint(complete.back());
+      if (resume_from_->state.step >= config_.training.steps) {
+        say(fmt::format("{} is finished: {} of {} steps", folder_.string(), resume_from_->state.step, config_.training.steps));
+        return true;
+      }
+    }
+    make_folder(checkpoints_);
+    write_file(folder_ / "config.toml", to_toml(config_));
+    return false;
+  }
+
+  void begin() {
+    store_->initialise(config_.training.seed);
+    const CheckpointConfig& c = config_.checkpoint;
+    if (c.initial_load_path.empty()) return;
+    LoadReport report;
+    if (c.initial_load_in_hf) {
+      report = load_hf(c.initial_load_path, plan_, *store_, c.initial_load_partial, c.initial_load_map);
+      if (!c.initial_load_partial) hf_ = hf_state(c.initial_load_path, plan_);
+    } else {
+      const OpenCheckpoint from = open_checkpoint(c.initial_load_path);
+      report = load_weights(from.model, *store_, c.initial_load_partial, c.initial_load_map);
+    }
+    say(fmt::format("warm start from {}: {} tensors loaded, {} left at their initial values, {} of the file not used", c.initial_load_path, report.loaded,
+                    report.missing.size() + report.misshapen.size(), report.unexpected.size()));
+    for (const auto& [what, names] : {std::pair<const char*, const std::vector<std::string>&>{"not in the file", report.missing}, {"of another shape", report.misshapen}, {"not used", report.unexpected}})
+      for (const std::string& name : names) say(fmt::format("  {}: {}", what, name));
+  }
+
+  void restore() {
+    load_weights(resume_from_->model, *store_);
+    load_optimizer(*resume_from_, *store_, *optimizer_);
+    loader_->restore(resume_from_->state.data);
+    step_ = resume_from_->state.step;
+    tokens_ = resume_from_->state.tokens;
+    hf_ = resume_from_->state.hf;
+    say(fmt::format("resuming {} at step {}", folder_.string(), step_));
+  }
+
+  void say_hello() {
+    const Totals sum = totals(plan_);
+    std::string legend;
+    for (const Binding& binding : config_.bindings) legend += fmt::format(" {} = {}", binding.symbol, binding.name);
+    say(fmt::format("{}: pattern {} ({}:{}), {} parameters, {} on {}, {} threads", config_.run.name, plan_.pattern.text, config_.model.dialect, legend, sum.trained,
+                    dtype_name(dtype_), device_.str(), at::get_num_threads()));
+    const int64_t per_step = global_rows() * config_.training.seq_len;
+    const Documents documents{{.length = config_.training.seq_len, .count = global_rows()}};
+    for (const CostRow& row : cost_rows(plan_, documents)) flops_per_token_ += 3 * row.cost.flops() / static_cast<double>(per_step);
+    peak_flops_ = measure_matrix_peak(dtype_, device_);
+  }
+
+  int64_t global_rows() const { return config_.training.global_batch_size; }
+
+  // The rows of this step, cut into micro-batches.
+  std::vector<Batch> next_batches() {
+    const std::vector<Row> rows = loader_->next_rows(global_rows());
+    std::vector<Batch> out;
+    const auto local = static_cast<size_t>(config_.training.local_batch_size);
+    for (size_t r = 0; r < rows.size(); r += local) {
+      Batch batch = assemble(std::span(rows).subspan(r, std::min(local, rows.size() - r)));
+      batch.ids_n = batch.ids_n.to(device_);
+      out.push_back(std::move(batch));
+    }
+    return out;
+  }
+
+  int loop() {
+    const StopSignals signals;
+    MetricsFile metrics(folder_ / "metrics.jsonl", step_);
+    std::unique_ptr<EventFile> events;
+    if (config_.metrics.tensorboard) events = std::make_unique<EventFile>(folder_, step_);
+    const bool live = isatty(STDERR_FILENO);
+    const double began = seconds();
+    const int64_t first_step = step_;
+    while (step_ < config_.training.steps) {
+      const double start = seconds();
+      const std::vector<Batch> batches = next_batches();
+      const double lr = learning_rate(config_.optimizer, config_.lr_scheduler, step_, config_.training.steps);
+      StepResult result;
+      {
+        const Profile profile(config_.profiling.enable && step_ == config_.profiling.step, folder_ / fmt::format("trace-{}.json", step_));
+        result = train_step(*model_, *optimizer_, batches, lr, config_.training.max_norm);
+      }
+      if (!result.finite) nonfinite(result, batches);
+      ++step_;
+      int64_t step_tokens = 0;
+      for (const Batch& batch : batches) step_tokens += batch.spans.num_tokens();
+      tokens_ += step_tokens;
+      const double elapsed = seconds() - start;
+      json line{{"step", step_}, {"loss", result.loss}, {"total_loss", result.total_loss}, {"grad_norm", result.grad_norm}, {"lr", lr}, {"tokens", tokens_},
+                {"tokens_per_s", static_cast<double>(step_tokens) / elapsed}, {"flops_per_s", flops_per_token_ * static_cast<double>(step_tokens) / elapsed},
+                {"peak_bytes", peak_memory_bytes()}};
+      for (const auto& [name, part] : result.parts) line[name] = part;
+      if (!result.finite) line["skipped"] = true;
+      const int64_t detail = config_.metrics.detail_interval;
+      if (detail > 0 && step_ % detail == 0) add_details(line, result, batches);
+      const bool last = step_ == config_.training.steps;
+      if (!validation_.empty() && (step_ % config_.validation.interval == 0 || last)) line["val_loss"] = validation_loss(*model_, validation_, config_.training.local_batch_size);
+      metrics.write(line);
+      if (events)
+        for (const auto& [key, value] : line.items())
+          if (value.is_number() && key != "step") events->scalar(key, step_, value.get<double>());
+      if (!options_.quiet && (step_ % config_.metrics.log_interval == 0 || last || line.contains("val_loss")))
+        progress(line, live, (seconds() - began) / static_cast<double>(step_ - first_step));
+      const int signal = StopSignals::received();
+      const int64_t interval = config_.checkpoint.interval;
+      if (last || signal || (interval > 0 && step_ % interval == 0)) save();
+      if (signal && !last) {
+        say(fmt::format("stopped by {} after step {}: checkpoint saved; go on with --resume", signal == SIGINT ? "SIGINT" : "SIGTERM", step_));
+        return 128 + signal;
+      }
+    }
+    return 0;
+  }
+
+  void nonfinite(const StepResult& result, const std::vector<Batch>& batches) {
+    const bool loss = !std::isfinite(result.total_loss);
+    const std::string place = diagnose_nonfinite(*model_, batches);
+    const std::string message = fmt::format("step {}: the {} is {}, first at {}", step_ + 1, loss ? "loss" : "gradient norm", loss ? result.total_loss : result.grad_norm, place);
+    if (config_.training.on_nonfinite == "skip") {
+      say(message + ": step skipped");
+      store_->zero_grad();
+      return;
+    }
+    const auto complete = list_checkpoints(checkpoints_);
+    throw Error(ExitCode::kRuntime, message,
+                complete.empty() ? "there is no checkpoint yet; lower optimizer.lr, lengthen lr_scheduler.warmup_steps, or skip such steps with training.on_nonfinite = \"skip\""
+                                 : fmt::format("the last good checkpoint is {}; go on from it with --resume and a lower --set optimizer.lr=...", complete.back().string()));
+  }
+
+  // Expert load and imbalance of every layer that counts, and the residual stream's RMS by layer.
+  void add_details(json& line, const StepResult& result, const std::vector<Batch>& batches) {
+    for (const auto& [prefix, counts] : result.counts)
+      for (const auto& [name, count] : counts) {
+        const at::Tensor host = count.to(at::kCPU, at::kDouble);
+        const double mean = host.mean().item<double>();
+        const std::string key = prefix + name;
+        line[key + ".imbalance"] = mean > 0 ? host.max().item<double>() / mean : 0.0;
+        line[key] = std::vector<double>(host.const_data_ptr<double>(), host.const_data_ptr<double>() + host.numel());
+      }
+    line["residual_rms"] = model_->residual_norms(batches.front());
+  }
+
+  void progress(const json& line, bool live, double seconds_per_step) {
+    Progress p;
+    p.step = step_;
+    p.steps = config_.training.steps;
+    p.loss = line["loss"].get<double>();
+    if (line.contains("val_loss")) p.val_loss = line["val_loss"].get<double>();
+    p.grad_norm = line["grad_norm"].get<double>();
+    p.tokens_per_s = line["tokens_per_s"].get<double>();
+    p.flops_per_s = line["flops_per_s"].get<double>();
+    p.peak_share = peak_flops_ > 0 ? p.flops_per_s / peak_flops_ : 0;
+    p.memory_bytes = line["peak_bytes"].get<int64_t>();
+    p.seconds_left = seconds_per_step * static_cast<double>(config_.training.steps - step_);
+    const bool keep = line.contains("val_loss") || step_ == config_.training.steps;
+    std::cerr << progress_text(p, live, keep) << std::flush;
+  }
+
+  void save() {
+    const fs::path folder = checkpoints_ / fmt::format("step-{}", step_);
+    if (fs::exists(folder)) return;
+    save_checkpoint(folder, config_, registry_, *store_, optimizer_.get(), {.step = step_, .tokens = tokens_, .data = loader_->state(), .hf = hf_, .extra = nullptr});
+    prune_checkpoints(checkpoints_, config_.checkpoint.keep_latest_k);
+  }
+
+  void say(const std::string& text) {
+    if (!options_.quiet) std::cerr << text << std::endl;
+  }
+
+  const Config& config_;
+  const Registry& registry_;
+  TrainOptions options_;
+  fs::path folder_, checkpoints_;
+  std::optional<OpenCheckpoint> resume_from_;
+  at::Device device_ = at::kCPU;
+  at::ScalarType dtype_ = at::kFloat;
+  ModelPlan plan_;
+  std::unique_ptr<Store> store_;
+  std::unique_ptr<Optimizer> optimizer_;
+  std::shared_ptr<const Dataset> dataset_;
+  std::unique_ptr<Loader> loader_;
+  std::unique_ptr<Model> model_;
+  std::vector<Row> validation_;
+  json hf_;
+  int64_t step_ = 0, tokens_ = 0;
+  double flops_per_token_ = 0, peak_flops_ = 0;
+};
+
+}  // namespace
+
+int train(const Config& config, const Registry& registry, const TrainOptions& options) { return Run(config, registry, options).go(); }
+
+}  // namespace tessera
