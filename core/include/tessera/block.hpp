@@ -65,6 +65,7 @@ struct HfTable {
   std::vector<std::string> inert;                          // keys that do not change the mathematics: consumed and kept as found
   std::vector<std::pair<std::string, Value>> must_be;      // keys refused unless they hold this value (or null, or are absent)
   std::vector<std::pair<std::string, Value>> set;          // own keys that an import sets, since HF means this value: {"router_input", "hidden"}
+  std::vector<std::string> unsaid;                         // own keys without an HF key that HF's results do not depend on: a chunk length, a loss coefficient
 };
 
 using Buffers = std::map<std::string, at::Tensor, std::less<>>;
