@@ -1,0 +1,182 @@
+#include "layers/cross_entropy.hpp"
+
+#include <ATen/Parallel.h>
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/exp.h>
+#include <ATen/ops/logsumexp.h>
+#include <ATen/ops/mm.h>
+#include <ATen/ops/nonzero.h>
+#include <ATen/ops/where.h>
+#include <ATen/ops/zeros.h>
+#include <fmt/format.h>
+#include <fmt/ranges.h>
+#include <torch/csrc/autograd/custom_function.h>
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "layers/vector_math.hpp"
+#include "tessera/error.hpp"
+
+namespace tessera {
+namespace {
+
+using vec::load;
+using vec::store;
+
+constexpr int64_t kLanes = 16;
+
+// One row of logits: its loss, and in place of the logits their gradient softmax - onehot.
+template <class T>
+float softmax_row(T* row, int64_t num_words, int64_t target, bool want_grad) {
+  float lanes[kLanes];
+  const auto full = num_words / kLanes * kLanes;
+  std::fill_n(lanes, kLanes, -std::numeric_limits<float>::infinity());
+  for (int64_t v = 0; v < full; v += kLanes)
+    for (int64_t j = 0; j < kLanes; ++j) lanes[j] = load(row + v + j) > lanes[j] ? load(row + v + j) : lanes[j];
+  float top = *std::max_element(lanes, lanes + kLanes);
+  for (auto v = full; v < num_words; ++v) top = std::max(top, load(row + v));
+
+  std::fill_n(lanes, kLanes, 0.f);
+  for (int64_t v = 0; v < full; v += kLanes)
+    for (int64_t j = 0; j < kLanes; ++j) lanes[j] += vec::exp(load(row + v + j) - top);
+  double sum = 0;
+  for (const auto lane : lanes) sum += lane;
+  for (auto v = full; v < num_words; ++v) sum += vec::exp(load(row + v) - top);
+
+  const float lse = top + static_cast<float>(std::log(sum)), loss = lse - load(row + target);
+  if (want_grad) {
+    const float picked = vec::exp(load(row + target) - lse) - 1.f;
+    for (int64_t v = 0; v < num_words; ++v) store(row + v, vec::exp(load(row + v) - lse));
+    store(row + target, picked);
+  }
+  return loss;
+}
+
+template <class T>
+void softmax_rows(const at::Tensor& logits_cv, const at::Tensor& targets_c, const at::Tensor& loss_c, bool want_grad) {
+  const auto num_words = logits_cv.size(1);
+  auto* logits = static_cast<T*>(logits_cv.data_ptr());
+  const auto* targets = targets_c.const_data_ptr<int64_t>();
+  auto* loss = loss_c.data_ptr<float>();
+  at::parallel_for(0, logits_cv.size(0), std::max<int64_t>(1, 16384 / num_words), [&](int64_t begin, int64_t end) {
+    for (auto i = begin; i < end; ++i) {
+      auto* row = logits + i * num_words;
+      if (targets[i] >= 0) loss[i] = softmax_row(row, num_words, targets[i], want_grad);
+      else loss[i] = 0, std::fill_n(row, want_grad ? num_words : 0, T{});
+    }
+  });
+}
+
+// Losses of a chunk into loss_c; the logits become their gradient where it is wanted.
+void softmax_chunk(at::Tensor& logits_cv, const at::Tensor& targets_c, const at::Tensor& loss_c, bool want_grad) {
+  if (logits_cv.is_cpu() && logits_cv.scalar_type() == at::kFloat) return softmax_rows<float>(logits_cv, targets_c, loss_c, want_grad);
+  if (logits_cv.is_cpu() && logits_cv.scalar_type() == at::kBFloat16) return softmax_rows<c10::BFloat16>(logits_cv, targets_c, loss_c, want_grad);
+  const auto l_cv = logits_cv.to(loss_c.scalar_type());
+  const auto valid_c1 = targets_c.ge(0).unsqueeze(1), index_c1 = targets_c.clamp_min(0).unsqueeze(1);
+  const auto lse_c1 = at::logsumexp(l_cv, {1}, /*keepdim=*/true);
+  const auto zero = at::zeros({}, loss_c.options());
+  loss_c.copy_(at::where(valid_c1, lse_c1 - l_cv.gather(1, index_c1), zero).squeeze(1));
+  if (!want_grad) return;
+  auto p_cv = (l_cv - lse_c1).exp_();
+  p_cv.scatter_(1, index_c1, p_cv.gather(1, index_c1) - 1);
+  logits_cv.copy_(at::where(valid_c1, p_cv, zero));
+}
+
+struct Result {
+  at::Tensor loss_n;  // fp32, or fp64
+  at::Tensor dh_nd;   // undefined where not wanted
+  at::Tensor dw_vd;   // fp32, or fp64
+};
+
+Result run(const at::Tensor& h_nd, const at::Tensor& w_vd, const at::Tensor& targets_n, int64_t chunk, bool want_dh, bool want_dw) {
+  const auto N = h_nd.size(0), V = w_vd.size(0);
+  const auto acc = w_vd.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  if (chunk <= 0) chunk = std::max<int64_t>(1, kLogitBytes / (V * static_cast<int64_t>(w_vd.element_size())));
+  chunk = std::min(chunk, std::max<int64_t>(N, 1));
+  Result out{.loss_n = at::empty({N}, h_nd.options().dtype(acc))};
+  if (want_dh) out.dh_nd = at::empty(h_nd.sizes(), h_nd.options());
+  const auto buffer_cv = at::empty({chunk, V}, w_vd.options());
+  for (int64_t row = 0; row < N; row += chunk) {
+    const auto n = std::min(chunk, N - row);
+    const auto h_cd = h_nd.narrow(0, row, n);
+    auto logits_cv = buffer_cv.narrow(0, 0, n);
+    at::mm_out(logits_cv, h_cd, w_vd.t());
+    softmax_chunk(logits_cv, targets_n.narrow(0, row, n), out.loss_n.narrow(0, row, n), want_dh || want_dw);
+    if (want_dh) {
+      auto dh_cd = out.dh_nd.narrow(0, row, n);
+      at::mm_out(dh_cd, logits_cv, w_vd);
+    }
+    if (!want_dw) continue;
+    if (out.dw_vd.defined() && w_vd.scalar_type() == acc) out.dw_vd.addmm_(logits_cv.t(), h_cd);
+    else if (out.dw_vd.defined()) out.dw_vd.add_(at::mm(logits_cv.t(), h_cd));
+    else out.dw_vd = at::mm(logits_cv.t(), h_cd).to(acc);
+  }
+  if (want_dw && !out.dw_vd.defined()) out.dw_vd = at::zeros(w_vd.sizes(), w_vd.options().dtype(acc));
+  return out;
+}
+
+struct LinearCrossEntropy : torch::autograd::Function<LinearCrossEntropy> {
+  static at::Tensor forward(torch::autograd::AutogradContext* ctx, const at::Tensor& h_nd, const at::Tensor& w_vd,
+                            const at::Tensor& targets_n, int64_t chunk, bool want_dh, bool want_dw) {
+    // Rows without a target cost no product. A device is not asked how many there are: it would have to be waited for.
+    const auto valid_n = targets_n.ge(0);
+    const bool select = h_nd.is_cpu() && !valid_n.all().item<bool>();
+    const auto rows_m = select ? at::nonzero(valid_n).squeeze(1) : at::Tensor();
+    auto result = select ? run(h_nd.index_select(0, rows_m), w_vd, targets_n.index_select(0, rows_m), chunk, want_dh, want_dw)
+                         : run(h_nd, w_vd, targets_n, chunk, want_dh, want_dw);
+    if (want_dh && select) result.dh_nd = at::zeros(h_nd.sizes(), h_nd.options()).index_copy_(0, rows_m, result.dh_nd);
+    if (want_dh) ctx->saved_data["dh"] = result.dh_nd;
+    if (want_dw) ctx->saved_data["dw"] = result.dw_vd;
+    ctx->saved_data["dtype"] = static_cast<int64_t>(w_vd.scalar_type());
+    return result.loss_n.sum(at::kDouble).to(result.loss_n.scalar_type());
+  }
+
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx, torch::autograd::variable_list grads) {
+    auto& saved = ctx->saved_data;
+    if (!saved.count("dtype")) throw Error(ExitCode::kRuntime, "[linear_cross_entropy] the backward pass must run once, got a second call");
+    const auto dtype = static_cast<at::ScalarType>(saved["dtype"].toInt());
+    at::Tensor dh_nd, dw_vd;
+    if (saved.count("dh")) dh_nd = saved["dh"].toTensor();
+    if (saved.count("dw")) dw_vd = saved["dw"].toTensor();
+    saved.clear();
+    if (dh_nd.defined()) dh_nd.mul_(grads[0]);
+    if (dw_vd.defined()) dw_vd = dw_vd.mul_(grads[0]).to(dtype);
+    return {dh_nd, dw_vd, {}, {}, {}, {}};
+  }
+};
+
+void check(const at::Tensor& h_nd, const at::Tensor& w_vd, const at::Tensor& targets_n) {
+  const auto fail = [](const std::string& what) { throw Error(ExitCode::kRuntime, "[linear_cross_entropy] " + what); };
+  const auto shape = [](const at::Tensor& t) { return fmt::format("[{}]", fmt::join(t.sizes(), ", ")); };
+  if (h_nd.dim() != 2 || w_vd.dim() != 2 || h_nd.size(1) != w_vd.size(1))
+    fail(fmt::format("h [N, D] and lm_head [V, D] must share D, got h {} and lm_head {}", shape(h_nd), shape(w_vd)));
+  if (targets_n.scalar_type() != at::kLong || targets_n.dim() != 1 || targets_n.size(0) != h_nd.size(0))
+    fail(fmt::format("targets must be int64 [N], got {} {} for h {}", c10::toString(targets_n.scalar_type()), shape(targets_n), shape(h_nd)));
+  if (!targets_n.is_cpu() || targets_n.numel() == 0) return;
+  const auto top = targets_n.max().item<int64_t>();
+  if (top >= w_vd.size(0)) fail(fmt::format("targets must lie below the vocabulary's {}, got {}", w_vd.size(0), top));
+}
+
+}  // namespace
+
+at::Tensor linear_cross_entropy(const at::Tensor& h_nd, const at::Tensor& lm_head_vd, const at::Tensor& targets_n, int64_t chunk_tokens) {
+  check(h_nd, lm_head_vd, targets_n);
+  const bool grad = at::GradMode::is_enabled();
+  return LinearCrossEntropy::apply(h_nd.to(lm_head_vd.scalar_type()).contiguous(), lm_head_vd, targets_n.contiguous(), chunk_tokens,
+                                   grad && h_nd.requires_grad(), grad && lm_head_vd.requires_grad());
+}
+
+at::Tensor linear_cross_entropy(const at::Tensor& h_nd, const Weight& lm_head_vd, const at::Tensor& targets_n, int64_t chunk_tokens) {
+  return linear_cross_entropy(h_nd, lm_head_vd.tensor(), targets_n, chunk_tokens);
+}
+
+at::Tensor cross_entropy_per_token(const at::Tensor& h_nd, const at::Tensor& lm_head_vd, const at::Tensor& targets_n, int64_t chunk_tokens) {
+  check(h_nd, lm_head_vd, targets_n);
+  at::AutoGradMode no_grad(false);
+  return run(h_nd.to(lm_head_vd.scalar_type()).contiguous(), lm_head_vd, targets_n.contiguous(), chunk_tokens, false, false).loss_n;
+}
+
+}  // namespace tessera

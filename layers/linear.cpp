@@ -1,0 +1,104 @@
+#include "layers/linear.hpp"
+
+#include <ATen/ops/empty.h>
+#include <ATen/ops/linear.h>
+#include <ATen/ops/mm.h>
+#include <fmt/format.h>
+#include <fmt/ranges.h>
+#include <torch/csrc/autograd/custom_function.h>
+
+#include <numeric>
+
+#include "tessera/error.hpp"
+
+namespace tessera {
+namespace {
+
+std::string shape(const at::Tensor& t) { return fmt::format("[{}]", fmt::join(t.sizes(), ", ")); }
+
+[[noreturn]] void fail(const char* op, const std::string& what) { throw Error(ExitCode::kRuntime, fmt::format("[{}] {}", op, what)); }
+
+// One matrix product an expert into slices of one output. The loop is what a grouped kernel does on a CPU as well.
+struct GroupedLinear : torch::autograd::Function<GroupedLinear> {
+  static at::Tensor forward(torch::autograd::AutogradContext* ctx, const at::Tensor& x_md, const at::Tensor& w_eod,
+                            const std::vector<int64_t>& counts) {
+    auto y_mo = at::empty({x_md.size(0), w_eod.size(1)}, x_md.options());
+    for (int64_t e = 0, row = 0; e < w_eod.size(0); row += counts[e], ++e) {
+      if (counts[e] == 0) continue;
+      auto out = y_mo.narrow(0, row, counts[e]);
+      at::mm_out(out, x_md.narrow(0, row, counts[e]), w_eod.select(0, e).t());
+    }
+    ctx->save_for_backward({x_md, w_eod});
+    ctx->saved_data["counts"] = counts;
+    return y_mo;
+  }
+
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx, torch::autograd::variable_list grads) {
+    const auto saved = ctx->get_saved_variables();
+    const auto &x_md = saved[0], &w_eod = saved[1];
+    const auto counts = ctx->saved_data["counts"].toIntVector();
+    const auto dy_mo = grads[0].contiguous();
+    at::Tensor dx_md, dw_eod;
+    if (ctx->needs_input_grad(0)) dx_md = at::empty(x_md.sizes(), x_md.options());
+    if (ctx->needs_input_grad(1)) dw_eod = at::empty(w_eod.sizes(), w_eod.options());
+    for (int64_t e = 0, row = 0; e < w_eod.size(0); row += counts[e], ++e) {
+      if (counts[e] == 0) {
+        if (dw_eod.defined()) dw_eod.select(0, e).zero_();
+        continue;
+      }
+      const auto dy = dy_mo.narrow(0, row, counts[e]);
+      if (dx_md.defined()) {
+        auto out = dx_md.narrow(0, row, counts[e]);
+        at::mm_out(out, dy, w_eod.select(0, e));
+      }
+      if (dw_eod.defined()) {
+        auto out = dw_eod.select(0, e);
+        at::mm_out(out, dy.t(), x_md.narrow(0, row, counts[e]));
+      }
+    }
+    return {dx_md, dw_eod, {}};
+  }
+};
+
+}  // namespace
+
+at::Tensor linear(const at::Tensor& x_nd, const at::Tensor& w_od, const at::Tensor& bias_o) {
+  if (x_nd.dim() != 2 || w_od.dim() != 2 || x_nd.size(1) != w_od.size(1))
+    fail("linear", fmt::format("x [N, D] and weight [O, D] must share D, got x {} and weight {}", shape(x_nd), shape(w_od)));
+  if (!bias_o.defined()) return at::linear(x_nd.to(w_od.scalar_type()), w_od);
+  if (bias_o.dim() != 1 || bias_o.size(0) != w_od.size(0))
+    fail("linear", fmt::format("bias must be [O] for weight [O, D], got bias {} and weight {}", shape(bias_o), shape(w_od)));
+  return at::linear(x_nd.to(w_od.scalar_type()), w_od, bias_o.to(w_od.scalar_type()));
+}
+
+at::Tensor linear(Context&, const at::Tensor& x_nd, const Weight& w_od, const Weight& bias_o) {
+  return linear(x_nd, w_od.tensor(), bias_o.tensor());
+}
+
+at::Tensor partial_sum_linear(Context& ctx, const at::Tensor& x_nd, const Weight& w_od, const Weight& bias_o) {
+  const auto tp = ctx.mesh().tp;
+  if (!bias_o.defined() || tp == 1) return linear(ctx, x_nd, w_od, bias_o);
+  return linear(ctx, x_nd, w_od, Weight(bias_o.tensor().div(tp), &bias_o.row()));
+}
+
+at::Tensor grouped_linear(const at::Tensor& x_md, const at::Tensor& w_eod, const at::Tensor& counts_e) {
+  constexpr auto op = "grouped_linear";
+  if (x_md.dim() != 2 || w_eod.dim() != 3 || x_md.size(1) != w_eod.size(2))
+    fail(op, fmt::format("x [M, D] and weight [E, O, D] must share D, got x {} and weight {}", shape(x_md), shape(w_eod)));
+  if (counts_e.scalar_type() != at::kLong || counts_e.dim() != 1 || counts_e.size(0) != w_eod.size(0))
+    fail(op, fmt::format("counts must be int64 [E] for weight [E, O, D], got {} {} and weight {}",
+                         c10::toString(counts_e.scalar_type()), shape(counts_e), shape(w_eod)));
+  const auto host_e = counts_e.cpu().contiguous();
+  const std::vector<int64_t> counts(host_e.const_data_ptr<int64_t>(), host_e.const_data_ptr<int64_t>() + host_e.numel());
+  for (const auto count : counts)
+    if (count < 0) fail(op, fmt::format("counts must not be negative, got [{}]", fmt::join(counts, ", ")));
+  const auto sum = std::accumulate(counts.begin(), counts.end(), int64_t{0});
+  if (sum != x_md.size(0)) fail(op, fmt::format("counts must sum to the rows of x, got sum {} and x {}", sum, shape(x_md)));
+  return GroupedLinear::apply(x_md.to(w_eod.scalar_type()), w_eod, counts);
+}
+
+at::Tensor grouped_linear(Context&, const at::Tensor& x_md, const Weight& w_eod, const at::Tensor& counts_e) {
+  return grouped_linear(x_md, w_eod.tensor(), counts_e);
+}
+
+}  // namespace tessera
