@@ -30,7 +30,7 @@ class Known {
 void check_fields(const std::string& table, const Fields& fields, const void* values, const Known& known, Issues& issues) {
   for (const Field& field : fields.list) {
     const std::string key = table + "." + field.key;
-    if (known.has(key)) continue;
+    if (known.has(key) || known.has(table)) continue;
     const Value value = field.get(values);
     if (field.required_ && same_value(value, field.default_value)) issues.add(key, "required key is missing", field.doc);
     else if (const std::string rule = broken_rule(field, value); !rule.empty()) issues.add(key, rule);
@@ -62,7 +62,7 @@ void check_element(const std::string& table, const ElementType& type, const Conf
   ask(table, type, "params", issues, [&](Issues& own) {
     for (const Param& param : type.params(config, env)) {
       std::string why;
-      if (!local_shape(param, env.mesh, &why)) own.add("", fmt::format("parameter {} does not fit the mesh: {}", param.name, why));
+      if (!local_shape(param, env.mesh, &why)) own.add("", "does not fit the mesh: " + why);
     }
   });
 }
@@ -96,8 +96,8 @@ void check_batch(const TrainingConfig& t, const Mesh& mesh, const Known& known, 
 }
 
 void check_mesh(const Config& c, const Mesh& mesh, const Known& known, Issues& issues) {
-  if (known.has_table("parallelism")) return;
   if (c.parallelism.data_parallel_shard_degree == 0) issues.add("parallelism.data_parallel_shard_degree", "must be at least 1, or -1 for the ranks that are left, got 0");
+  if (known.has_table("parallelism")) return;
   const int64_t experts = mesh.ep * mesh.etp, ranks = mesh.dp_shard * mesh.cp * mesh.tp;
   if (ranks % experts != 0)
     issues.add("parallelism.expert_parallel_degree",

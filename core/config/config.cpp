@@ -58,7 +58,7 @@ class Loader {
     bind_head();
     check_block_types();
     check_config(config_, make_mesh(config_.parallelism), issues_);
-    if (!has_data(config_) && root_.find("data")) check_default_data();
+    if (table("data") && !has_data(config_)) check_default_data();
     for (Issue& issue : issues_.list())
       if (issue.place.empty()) issue.place = place_of(issue.key);
     issues_.raise();
@@ -146,7 +146,7 @@ class Loader {
       for (const auto& [key, value] : node->entries)
         if (const std::string why = no_effect(config_, core.name, key); !why.empty()) add(core.name + "." + key, why, "remove it", value.key_place);
     }
-    require(core.name, node, core.fields, node ? node->place : root_.place);
+    if (node || !root_.find(core.name)) require(core.name, node, core.fields, node ? node->place : root_.place);
   }
 
   void read_mixture() {
@@ -166,6 +166,8 @@ class Loader {
 
   // A [data] table that says nothing but defaults is meant all the same.
   void check_default_data() {
+    for (const Issue& issue : issues_.list())
+      if (issue.key.starts_with("data.")) return;
     Issues own;
     check_data(config_.data, own);
     for (const Issue& issue : own.list()) issues_.add("data." + issue.key, issue.rule, issue.help);

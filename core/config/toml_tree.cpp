@@ -116,7 +116,9 @@ TomlNode parse(std::string_view text, const std::string& name, const std::string
     return Reader(set).table(toml::parse(text, std::string_view(name)), 0);
   } catch (const toml::parse_error& error) {
     const auto& at = error.source().begin;
-    malformed(name, std::max<int64_t>(1, at.line), std::max<int64_t>(1, at.column), clean(error.description()));
+    std::string_view what = error.description();
+    if (what.starts_with("Error ")) what.remove_prefix(6);
+    malformed(name, std::max<int64_t>(1, at.line), std::max<int64_t>(1, at.column), "malformed TOML: " + clean(what));
   }
 }
 
@@ -202,10 +204,11 @@ TomlNode parse_toml(std::string_view text, const std::string& name) {
 }
 
 void apply_set(TomlNode& root, const std::string& set, Issues& issues) {
-  const std::string label = "--set " + clean(set, 80);
+  const std::string label = "--set " + (set.empty() ? "\"\"" : clean(set, 80));
   size_t at = 0;
   std::string rule;
-  const auto parts = split_key(set, at, rule);
+  if (set.find('=') == std::string::npos) rule = "must be KEY=VALUE";
+  const auto parts = rule.empty() ? split_key(set, at, rule) : std::nullopt;
   if (!parts) {
     issues.add({"--set", rule, "write --set TABLE.KEY=VALUE, as in --set training.steps=100", label});
     return;

@@ -28,12 +28,12 @@ Pattern parse_pattern(std::string_view text, std::vector<PatternProblem>& proble
       pattern.has_head = true;
       if (at + 1 == size) problem("no layers after '/'", at);
     } else if (c == '|' && pattern.has_head) {
-      problem("'|' after '/': the head's layers are one stage", at);
+      problem("'|' in the head's part", at);
     } else if (c == '|') {
       end_stage(at);
       ++pattern.num_stages;
     } else if (!printable(c)) {
-      problem(fmt::format("byte 0x{:02x} is no symbol: a symbol is one printable ASCII character", static_cast<unsigned char>(c)), at);
+      problem(c == ' ' ? "a space is no symbol" : fmt::format("byte 0x{:02x} is no symbol", static_cast<unsigned char>(c)), at);
     } else if (pattern.has_head) {
       pattern.head.push_back({c, at, pattern.num_stages - 1});
     } else {

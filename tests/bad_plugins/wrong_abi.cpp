@@ -1,0 +1,3 @@
+#include "head.hpp"
+
+ENTRY(.abi = 7)

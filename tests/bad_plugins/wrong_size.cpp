@@ -1,0 +1,3 @@
+#include "head.hpp"
+
+ENTRY(.size = 24)
