@@ -1,0 +1,124 @@
+#include "layers/moe_common.hpp"
+
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/sigmoid.h>
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <cmath>
+
+#include "layers/activation.hpp"
+#include "layers/experts.hpp"
+#include "layers/linear.hpp"
+#include "layers/routing.hpp"
+
+namespace tessera {
+namespace {
+
+constexpr auto kBias = "gate.e_score_correction_bias";
+constexpr auto kLoad = "expert_load";
+
+}  // namespace
+
+HfTable moe_hf() {
+  return {.layer_words = {"moe"},
+          .inert = {"moe_shared_expert_overlap"},
+          .must_be = {{"n_shared_experts", int64_t{1}}, {"mlp_hidden_act", std::string("relu2")}},
+          .unsaid = {"aux_loss_coeff", "z_loss_coeff", "bias_update_rate"}};
+}
+
+std::string nearest_divisors(int64_t value, int64_t wanted, int64_t limit) {
+  int64_t below = 0, above = 0;
+  for (int64_t d = 1; d <= std::min(value, limit); ++d) {
+    if (value % d) continue;
+    if (d <= wanted) below = d;
+    else if (!above) above = d;
+  }
+  if (below && above) return fmt::format("nearest: {}, {}", below, above);
+  return fmt::format("nearest: {}", below ? below : above);
+}
+
+void check_moe(const MoeConfig& c, Issues& issues) {
+  if (c.top_k > c.num_experts)
+    issues.add("top_k", fmt::format("must be at most the number of experts, got {} > {}", c.top_k, c.num_experts),
+               fmt::format("nearest: {}", c.num_experts));
+  if (c.topk_group > c.num_groups)
+    issues.add("topk_group", fmt::format("must be at most num_groups, got {} > {}", c.topk_group, c.num_groups),
+               fmt::format("nearest: {}", c.num_groups));
+  if (c.num_groups == 1 || c.top_k > c.num_experts) return;
+  if (c.num_experts % c.num_groups) {
+    issues.add("num_groups", fmt::format("must divide the number of experts, got {} % {} = {}", c.num_experts, c.num_groups, c.num_experts % c.num_groups),
+               nearest_divisors(c.num_experts, c.num_groups, c.num_experts / 2));
+    return;
+  }
+  const auto size = c.num_experts / c.num_groups;
+  if (size < 2) {
+    issues.add("num_groups", fmt::format("must leave at least 2 experts a group, got {} / {} = {}", c.num_experts, c.num_groups, size),
+               nearest_divisors(c.num_experts, c.num_experts / 2, c.num_experts / 2));
+    return;
+  }
+  if (c.topk_group <= c.num_groups && c.topk_group * size < c.top_k)
+    issues.add("topk_group", fmt::format("must keep groups of at least top_k = {} experts in all, got {} * {} = {}", c.top_k, c.topk_group, size, c.topk_group * size),
+               fmt::format("nearest: {}", (c.top_k + size - 1) / size));
+}
+
+ParamTable moe_params(const MoeConfig& c, const Env& env, int64_t router_width, int64_t expert_width) {
+  const auto D = env.hidden_size, W = expert_width, E = c.num_experts, F = c.intermediate_size, S = c.shared_intermediate_size;
+  const auto in = Init::normal(env.init_std), out = Init::normal(env.init_std / std::sqrt(static_cast<double>(env.num_layers)));
+  ParamTable table{
+      {.name = "gate.weight", .shape = {E, router_width}, .shards = replicated(), .init = in, .fp32 = true},
+      {.name = "experts.up_proj.weight", .shape = {E, F, W}, .shards = {{Axis::kExpert, 0}, {Axis::kExpertTensor, 1}}, .init = in,
+       .hf_name = "mixer.experts.{}.up_proj.weight", .hf_packed_name = "mixer.experts.up_proj"},
+      {.name = "experts.down_proj.weight", .shape = {E, W, F}, .shards = {{Axis::kExpert, 0}, {Axis::kExpertTensor, 2}}, .init = out,
+       .hf_name = "mixer.experts.{}.down_proj.weight", .hf_packed_name = "mixer.experts.down_proj"},
+  };
+  if (S == 0) return table;
+  table.push_back({.name = "shared_experts.up_proj.weight", .shape = {S, D}, .shards = {{Axis::kTensor, 0}}, .init = in});
+  table.push_back({.name = "shared_experts.down_proj.weight", .shape = {D, S}, .shards = {{Axis::kTensor, 1}}, .init = out});
+  if (!c.bias) return table;
+  table.push_back({.name = "shared_experts.up_proj.bias", .shape = {S}, .shards = {{Axis::kTensor, 0}}, .init = Init::constant(0), .decay = false});
+  table.push_back({.name = "shared_experts.down_proj.bias", .shape = {D}, .shards = replicated(), .init = Init::constant(0), .decay = false});
+  return table;
+}
+
+BufferTable moe_buffers(const MoeConfig& c) { return {{.name = kBias, .shape = {c.num_experts}}}; }
+
+Cost moe_cost(const MoeConfig& c, const Env& env, double num_tokens, int64_t router_width, int64_t expert_width) {
+  const double N = num_tokens, D = env.hidden_size, R = router_width, W = expert_width, E = c.num_experts, k = c.top_k;
+  const double F = c.intermediate_size, S = c.shared_intermediate_size;
+  return {.matmul = N * (2 * R * E + 4 * k * W * F + 4 * D * S),
+          .elementwise = N * (4 * E + k * (2 * F + 2 * W) + 2 * S),
+          .bytes = N * (2 * D + R + 3 * E + 4 * k * (F + W) + 4 * S),
+          .activations = N * (D + R + 2 * E + 2 * k * (F + W) + 2 * S)};
+}
+
+void moe_after_step(const MoeConfig& c, Buffers& buffers, const Counts& counts) {
+  const auto load = counts.find(kLoad);
+  if (c.bias_update_rate == 0 || load == counts.end()) return;
+  update_router_bias(buffers.find(kBias)->second, load->second, c.bias_update_rate);
+}
+
+at::Tensor routed_experts(Context& ctx, const at::Tensor& router_input_nr, const at::Tensor& x_nw, const Weights& w, const MoeConfig& c) {
+  const auto logits_ne = router_logits(ctx, router_input_nr, w["gate.weight"]);
+  const auto scores_ne = at::sigmoid(logits_ne);
+  const auto indices_nk =
+      ctx.once("experts", [&] { return choose_experts(scores_ne, w.buffer(kBias), c.top_k, c.num_groups, c.topk_group); });
+  if (ctx.training()) {
+    if (c.aux_loss_coeff > 0)
+      ctx.add_loss("seq_aux", seq_aux_loss(logits_ne, ctx.spans(), ctx.valid_n(), c.top_k) * c.aux_loss_coeff, Per::kDocument);
+    if (c.z_loss_coeff > 0) ctx.add_loss("z", router_z_loss(logits_ne, ctx.valid_n()) * c.z_loss_coeff, Per::kToken);
+    ctx.count(kLoad, expert_counts(indices_nk, ctx.valid_n(), c.num_experts));
+  }
+  const auto d = dispatch(indices_nk, c.num_experts);
+  const auto h_mf = relu2(grouped_linear(ctx, permute_tokens(x_nw, d), w["experts.up_proj.weight"], d.counts_e));
+  const auto y_mw = grouped_linear(ctx, h_mf, w["experts.down_proj.weight"], d.counts_e);
+  return combine_tokens(y_mw, expert_weights(scores_ne, indices_nk, c.norm_topk_prob, c.scaling), d);
+}
+
+at::Tensor add_shared_experts(Context& ctx, const at::Tensor& routed_nd, const at::Tensor& x_nd, const Weights& w, const MoeConfig& c) {
+  if (c.shared_intermediate_size == 0) return routed_nd;
+  const auto h_ns = relu2(linear(ctx, x_nd, w["shared_experts.up_proj.weight"], w.find("shared_experts.up_proj.bias")));
+  return routed_nd + partial_sum_linear(ctx, h_ns, w["shared_experts.down_proj.weight"], w.find("shared_experts.down_proj.bias"));
+}
+
+}  // namespace tessera
