@@ -4,7 +4,7 @@
 namespace tessera {
 
 namespace {
-constexpr double kMaxInt = 9007199254740992.0;  // 2^53: what a double can count
+constexpr double kMany = 1e9;  // rows or steps: beyond it, products of two sizes would leave 64 bits
 
 template <class T, T Config::*kMember>
 void* member(Config& config) {
@@ -23,8 +23,8 @@ Fields model() {
   Schema<C> s;
   s.field("hybrid_override_pattern", &C::hybrid_override_pattern, "the stack: a letter a layer, `|` cuts pipeline stages, `/` starts the head's inner stack").required();
   s.field("dialect", &C::dialect, "which blocks the letters mean where [symbols] does not say").choices({"card", "nemotron"});
-  s.field("vocab_size", &C::vocab_size, "number of token ids").unit("tokens").range(1, 1 << 30);
-  s.field("hidden_size", &C::hidden_size, "width of the residual stream").required().range(1, 1 << 30);
+  s.field("vocab_size", &C::vocab_size, "number of token ids").unit("tokens").range(1, kMany);
+  s.field("hidden_size", &C::hidden_size, "width of the residual stream").required().range(1, kMany);
   s.field("norm_eps", &C::norm_eps, "added to the mean square in every norm").above(0);
   s.field("tie_embeddings", &C::tie_embeddings, "one matrix serves as embedding and lm_head");
   s.field("init_std", &C::init_std, "standard deviation of initial matrices; projections into the residual stream: divided by sqrt(layers)").range(0);
@@ -35,13 +35,13 @@ Fields model() {
 Fields training() {
   using C = TrainingConfig;
   Schema<C> s;
-  s.field("local_batch_size", &C::local_batch_size, "rows of one micro-batch of one data rank").unit("rows").range(1, kMaxInt);
-  s.field("global_batch_size", &C::global_batch_size, "rows of an optimizer step, gradients are accumulated up to it; 0: local_batch_size x data ranks").unit("rows").range(0, kMaxInt);
-  s.field("seq_len", &C::seq_len, "length of a row").unit("tokens").range(1, 1 << 30);
-  s.field("steps", &C::steps, "optimizer steps of the run").unit("steps").range(1, kMaxInt);
+  s.field("local_batch_size", &C::local_batch_size, "rows of one micro-batch of one data rank").unit("rows").range(1, kMany);
+  s.field("global_batch_size", &C::global_batch_size, "rows of an optimizer step, gradients are accumulated up to it; 0: local_batch_size x data ranks").unit("rows").range(0, kMany);
+  s.field("seq_len", &C::seq_len, "length of a row").unit("tokens").range(1, kMany);
+  s.field("steps", &C::steps, "optimizer steps of the run").unit("steps").range(1, kMany);
   s.field("device", &C::device, "auto: a GPU where there is one").choices({"auto", "cpu", "cuda"});
   s.field("dtype", &C::dtype, "compute dtype; auto: what this machine is fast in").choices({"auto", "float32", "bfloat16"});
-  s.field("seed", &C::seed, "of initial values and data order").range(0, kMaxInt);
+  s.field("seed", &C::seed, "of initial values and data order").range(0);
   s.field("max_norm", &C::max_norm, "gradients are scaled down to this norm; 0: never").range(0);
   s.field("deterministic", &C::deterministic, "the same run gives the same numbers, bit for bit");
   s.field("on_nonfinite", &C::on_nonfinite, "what a non-finite gradient norm does: end the run, or leave the step out").choices({"stop", "skip"});
@@ -53,8 +53,8 @@ Fields training() {
 Fields validation() {
   using C = ValidationConfig;
   Schema<C> s;
-  s.field("interval", &C::interval, "steps between measurements of the held-out loss; 0: never").unit("steps").range(0, kMaxInt);
-  s.field("tokens", &C::tokens, "held-out tokens that are measured").unit("tokens").range(1, kMaxInt);
+  s.field("interval", &C::interval, "steps between measurements of the held-out loss; 0: never").unit("steps").range(0, kMany);
+  s.field("tokens", &C::tokens, "held-out tokens that are measured").unit("tokens").range(1, 1e12);
   return s;
 }
 
@@ -73,7 +73,7 @@ Fields optimizer() {
 Fields lr_scheduler() {
   using C = LrSchedulerConfig;
   Schema<C> s;
-  s.field("warmup_steps", &C::warmup_steps, "steps over which the learning rate rises from 0").unit("steps").range(0, kMaxInt);
+  s.field("warmup_steps", &C::warmup_steps, "steps over which the learning rate rises from 0").unit("steps").range(0, kMany);
   s.field("decay_type", &C::decay_type, "shape of the decay at the end").choices({"constant", "cosine", "linear", "sqrt"});
   s.field("decay_ratio", &C::decay_ratio, "share of the steps that decay; -1: all after the warm-up").range(-1, 1);
   s.field("min_lr_factor", &C::min_lr_factor, "learning rate at the end, as a share of lr").range(0, 1);
@@ -92,15 +92,15 @@ Fields metrics() {
   using C = MetricsConfig;
   Schema<C> s;
   s.field("tensorboard", &C::tensorboard, "writes TensorBoard events beside metrics.jsonl");
-  s.field("log_interval", &C::log_interval, "steps between lines on the terminal; metrics.jsonl has every step").unit("steps").range(1, kMaxInt);
-  s.field("detail_interval", &C::detail_interval, "steps between expert load, imbalance and residual norms; 0: never").unit("steps").range(0, kMaxInt);
+  s.field("log_interval", &C::log_interval, "steps between lines on the terminal; metrics.jsonl has every step").unit("steps").range(1, kMany);
+  s.field("detail_interval", &C::detail_interval, "steps between expert load, imbalance and residual norms; 0: never").unit("steps").range(0, kMany);
   return s;
 }
 
 Fields profiling() {
   Schema<ProfilingConfig> s;
   s.field("enable", &ProfilingConfig::enable, "writes a trace of one step");
-  s.field("step", &ProfilingConfig::step, "the step that is traced").unit("steps").range(0, kMaxInt);
+  s.field("step", &ProfilingConfig::step, "the step that is traced").unit("steps").range(0, kMany);
   return s;
 }
 
@@ -128,8 +128,8 @@ Fields parallelism() {
 Fields checkpoint() {
   using C = CheckpointConfig;
   Schema<C> s;
-  s.field("interval", &C::interval, "steps between checkpoints; 0: at the end and when stopped only").unit("steps").range(0, kMaxInt);
-  s.field("keep_latest_k", &C::keep_latest_k, "older checkpoints are deleted; 0: none is").range(0, kMaxInt);
+  s.field("interval", &C::interval, "steps between checkpoints; 0: at the end and when stopped only").unit("steps").range(0, kMany);
+  s.field("keep_latest_k", &C::keep_latest_k, "older checkpoints are deleted; 0: none is").range(0, kMany);
   s.field("initial_load_path", &C::initial_load_path, "checkpoint whose weights the run starts from");
   s.field("initial_load_in_hf", &C::initial_load_in_hf, "that checkpoint has the layout of HF transformers");
   s.field("initial_load_partial", &C::initial_load_partial, "its tensors may be missing or unexpected: what was and was not loaded is printed");

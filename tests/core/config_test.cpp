@@ -194,7 +194,7 @@ type = "ahead"
 loss_scale = 0.30000000000000004
 [training]
 freeze = ["embedding"]
-seed = 9007199254740992
+seed = 9223372036854775807
 [lr_scheduler]
 decay_type = "linear"
 min_lr_factor = 0.01
@@ -220,7 +220,7 @@ initial_load_map = ["a=b"]
   }
   const std::string resolved = to_toml(parse(full));
   for (const char* line : {"name = \"x \\\"y\\\"\\n\"", "limit = [0.1, inf]", "W = { block = \"wide one\", shared = true }", "[blocks.\"wide one\"]", "type = \"ahead\"",
-                           "loss_scale = 0.30000000000000004", "seed = 9007199254740992", "block_types = [\"wide one\"]", "[[data.mixture]]", "weight = 2.0"})
+                           "loss_scale = 0.30000000000000004", "seed = 9223372036854775807", "block_types = [\"wide one\"]", "[[data.mixture]]", "weight = 2.0"})
     EXPECT_NE(resolved.find(std::string("\n") + line + "\n"), std::string::npos) << line;
   EXPECT_EQ(to_toml(parse(kBase)).find("[data]"), std::string::npos);
   EXPECT_EQ(to_toml(parse(kBase)).find("min_lr_factor"), std::string::npos);
@@ -249,7 +249,7 @@ TEST(Config, InMemoryConfigurationsAreCheckedToo) {
   check_config(c, {}, issues);
   std::vector<std::string> told;
   for (const Issue& issue : issues.list()) told.push_back(issue.key + ": " + issue.rule);
-  EXPECT_EQ(told, (std::vector<std::string>{"model.hidden_size: required key is missing", "training.steps: must be in [1, 9007199254740992], got 0",
+  EXPECT_EQ(told, (std::vector<std::string>{"model.hidden_size: required key is missing", "training.steps: must be in [1, 1000000000], got 0",
                                             "model.hybrid_override_pattern: empty stage at position 2\n  M||M\n    ^"}));
   Issues none;
   check_config(parse(kBase), {}, none);
@@ -328,7 +328,7 @@ TEST(Config, HostileTexts) {
       "a = \"", "a = '''", "a = \"\\u", "a.", "a. = 1", "[", "[[", "[]", "= 1", "\"", "a", "a =", "a = 99999999999999999999", "a = 1e999", "a = 0x", "a = 1979-13-40",
       kBase + "[blocks." + std::string(5000, 'x') + "]\n", kBase + "[symbols]\n\"\\u0000\" = \"scan\"\n", "[model]\nhybrid_override_pattern = \"" + std::string(500000, '|') + "\"\nhidden_size = 1\n",
       "[model]\nhybrid_override_pattern = \"" + std::string(500000, 'X') + "\"\nhidden_size = 1\n", "[model]\nhidden_size = 9223372036854775807\n",
-      kBase + "[training]\nlocal_batch_size = 9007199254740992\nglobal_batch_size = 9007199254740991\n[parallelism]\ndata_parallel_replicate_degree = 1048576\ndata_parallel_shard_degree = 1048576\n"};
+      kBase + "[training]\nlocal_batch_size = 1000000000\nglobal_batch_size = 999999999\n[parallelism]\ndata_parallel_replicate_degree = 1048576\ndata_parallel_shard_degree = 1048576\n"};
   for (const std::string& text : texts) {
     const std::string error = error_of(text);
     EXPECT_NE(error, "no error") << shorten(text);

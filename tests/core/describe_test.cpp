@@ -1,0 +1,67 @@
+#include "cli/describe.hpp"
+
+#include <gtest/gtest.h>
+
+#include "tests/core/fake_blocks.hpp"
+
+namespace tessera {
+namespace {
+
+TEST(Describe, ABlock) {
+  EXPECT_EQ(describe_text(fake::registry(), "scan"), R"(block scan, version 1
+  source: arXiv:0000.00000
+  letters: 'M' in dialect card, 'M' in dialect nemotron
+  takes: all tokens and channels on every tensor rank
+  gives: a summand on every tensor rank
+  around it: RMSNorm before, residual
+
+keys of [blocks.scan]
+  key         values                         default     meaning             HF key
+  num_heads   integer in [1, inf)            required    heads               mamba_num_heads, num_heads
+  num_groups  integer in [1, inf)            1           groups
+  state_size  integer in [1, 4096]           128         state of a channel
+  limit       list of 2 numbers in [0, inf)  [0.0, inf]  clamp of the step
+  bias        boolean                        false       adds a bias
+  norm        one of "rms", "layer"          "rms"       the norm
+
+parameters, with hidden_size = 64, num_heads = 8
+  name       shape    cut         dtype    weight decay  initial values   HF name
+  in.weight  [8, 64]  tp dim 0    compute  yes           normal(0, 0.02)  mixer.in.weight
+  A          [8]      replicated  float32  no            1                mixer.A_log
+
+plugin: built-in
+)");
+}
+
+TEST(Describe, ATable) {
+  EXPECT_EQ(describe_text(fake::registry(), "profiling"), R"([profiling]: a trace of one step
+  key     values                      default  unit   meaning
+  enable  boolean                     false           writes a trace of one step
+  step    integer in [0, 1000000000]  10       steps  the step that is traced
+)");
+  EXPECT_NE(describe_text(fake::registry(), "data").find("[[data.mixture]]"), std::string::npos);
+}
+
+TEST(Describe, NoSuchName) {
+  try {
+    describe_text(fake::registry(), "scann");
+    FAIL();
+  } catch (const Error& error) {
+    EXPECT_EQ(error.code(), ExitCode::kUsage);
+    EXPECT_STREQ(error.what(), "error: no block, head or table \"scann\"\n"
+                               "help: did you mean 'scan'? types: attn, dense, experts, latent_experts, scan, ahead; tables: run, model, training, validation, optimizer, "
+                               "lr_scheduler, activation_checkpoint, data, metrics, profiling, plugins, parallelism, checkpoint");
+  }
+}
+
+TEST(Describe, OneReferenceFileForEveryType) {
+  const auto files = reference_markdown(fake::registry());
+  EXPECT_EQ(files.size(), 7u);
+  EXPECT_TRUE(files.contains("ahead.md"));
+  EXPECT_NE(files.at("attn.md").find("| width | integer in [1, inf) | 4 | width |\n"), std::string::npos) << files.at("attn.md");
+  EXPECT_NE(files.at("configuration.md").find("`\\|` cuts pipeline stages"), std::string::npos);
+  EXPECT_EQ(files.at("scan.md").find("built-in"), std::string::npos);  // no path of a machine
+}
+
+}  // namespace
+}  // namespace tessera
