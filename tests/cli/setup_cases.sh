@@ -106,7 +106,7 @@ interrupted_fetch_is_continued() {
   "$here/tessera" x >"$box/out" 2>"$box/err" & pid=$!
   until [ -e "$box/pip_started" ]; do sleep 0.05; done
   kill -TERM $pid; wait $pid; status=$?
-  exits 143; [ ! -e "$here/.deps/python" ] || fail "no half set-up"
+  exits 143; says 'stopped; the next run continues'; [ ! -e "$here/.deps/python" ] || fail "no half set-up"
   rm "$box/pip_hangs"; run x; exits 0; prints 'ran x'
 }
 compile_error_is_shown() {
