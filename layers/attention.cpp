@@ -34,11 +34,11 @@ struct Bucket {
   int64_t batch = 0, num_queries = 0, num_keys = 0;
   std::vector<int64_t> queries, keys;  // [batch * num_queries], [batch * num_keys]; empty: all tokens in order
   int64_t before = 0;                  // keys that lie before the first query; > 0 or a window needs a mask
-  bool first = true;                   // the first query is its document's first token, so the keys before it do not exist
 };
 
 constexpr double kFill = 0.8;          // documents share a bucket when the shortest is at least this part of the longest
 constexpr int64_t kShort = 16;         // or none is longer than this
+constexpr int64_t kNarrow = 128;       // queries up to which bf16 is computed in fp32: small bf16 products are slower
 constexpr int64_t kMinBlock = 64;      // queries of a block under a window
 constexpr int64_t kFold = 16;          // continued spans up to this length put the heads of one kv head side by side as queries
 
@@ -47,7 +47,7 @@ struct Piece {
 };
 
 void add_bucket(std::vector<Bucket>& out, const Piece* pieces, int64_t batch, int64_t num_queries, int64_t before) {
-  Bucket b{.batch = batch, .num_queries = num_queries, .num_keys = num_queries + before, .before = before, .first = pieces->begin == 0};
+  Bucket b{.batch = batch, .num_queries = num_queries, .num_keys = num_queries + before, .queries = {}, .keys = {}, .before = before};
   const auto append = [](std::vector<int64_t>& rows, const Piece& p, int64_t from, int64_t to) {
     for (auto t = from; t < to; ++t) rows.push_back(t >= 0 && t < p.document_len ? p.row + t : -1);
   };
@@ -63,7 +63,7 @@ std::vector<Bucket> plan(const std::vector<int64_t>& lengths, int64_t window) {
   const auto longest = lengths.empty() ? 0 : *std::max_element(lengths.begin(), lengths.end());
   const bool uniform = std::all_of(lengths.begin(), lengths.end(), [&](int64_t n) { return n == longest; });
   const auto batch = static_cast<int64_t>(lengths.size());
-  if (uniform && (window == 0 || longest <= window)) return {{.batch = batch, .num_queries = longest, .num_keys = longest}};
+  if (uniform && (window == 0 || longest <= window)) return {Bucket{.batch = batch, .num_queries = longest, .num_keys = longest, .queries = {}, .keys = {}}};
   const auto block = std::max(window, kMinBlock);
   std::vector<Piece> plain, heads, tails;
   for (int64_t i = 0, row = 0; i < batch; row += lengths[i++]) {
@@ -86,6 +86,10 @@ std::vector<Bucket> plan(const std::vector<int64_t>& lengths, int64_t window) {
   return out;
 }
 
+at::ScalarType compute_dtype(const Bucket& b, const at::Tensor& q_nhp) {
+  return q_nhp.scalar_type() != at::kDouble && b.num_queries <= kNarrow ? at::kFloat : q_nhp.scalar_type();
+}
+
 // 0 where query i sees key j, -inf elsewhere; undefined where plain causality says it all.
 std::optional<at::Tensor> mask(const Bucket& b, int64_t window, const at::TensorOptions& options) {
   if (b.before == 0 && (window == 0 || b.num_queries <= window)) return std::nullopt;
@@ -96,7 +100,7 @@ std::optional<at::Tensor> mask(const Bucket& b, int64_t window, const at::Tensor
 }
 
 // Rows of x_nhp as [batch, heads, len, P], every kv head repeated for the query heads that read it.
-at::Tensor pack(const at::Tensor& x_nhp, const std::vector<int64_t>& rows, int64_t batch, int64_t len, int64_t repeats) {
+at::Tensor pack(const at::Tensor& x_nhp, const std::vector<int64_t>& rows, int64_t batch, int64_t len, int64_t repeats, at::ScalarType dtype) {
   const auto heads = x_nhp.size(1), dim = x_nhp.size(2);
   auto x_bthp = x_nhp;
   if (rows.empty()) {
@@ -115,6 +119,7 @@ at::Tensor pack(const at::Tensor& x_nhp, const std::vector<int64_t>& rows, int64
       }
     });
   }
+  x_bthp = x_bthp.to(dtype);
   if (repeats > 1) x_bthp = x_bthp.unsqueeze(3).expand({batch, len, heads, repeats, dim}).reshape({batch, len, heads * repeats, dim});
   return x_bthp.transpose(1, 2);
 }
@@ -123,7 +128,7 @@ at::Tensor pack(const at::Tensor& x_nhp, const std::vector<int64_t>& rows, int64
 void unpack(const at::Tensor& x_bhtp, const std::vector<int64_t>& rows, const at::Tensor& out_nhp) {
   const auto x_bthp = x_bhtp.transpose(1, 2);
   if (rows.empty()) return void(out_nhp.view(x_bthp.sizes()).copy_(x_bthp));
-  const auto source = x_bthp.contiguous();
+  const auto source = x_bthp.to(out_nhp.scalar_type()).contiguous();
   const auto width = out_nhp.size(1) * out_nhp.size(2) * out_nhp.element_size();
   const auto* from = static_cast<const char*>(source.const_data_ptr());
   auto* to = static_cast<char*>(out_nhp.data_ptr());
@@ -147,10 +152,11 @@ struct SpanAttention : torch::autograd::Function<SpanAttention> {
     auto out_nhp = at::empty(q_nhp.sizes(), q_nhp.options());
     std::vector<at::Tensor> saved{q_nhp, k_nkp, v_nkp, out_nhp};
     for (const auto& b : plan(lengths, window)) {
-      const auto m = mask(b, window, q_nhp.options());
+      const auto dtype = compute_dtype(b, q_nhp);
+      const auto m = mask(b, window, q_nhp.options().dtype(dtype));
       const auto [o_bhtp, lse] = at::_scaled_dot_product_flash_attention_for_cpu(
-          pack(q_nhp, b.queries, b.batch, b.num_queries, 1), pack(k_nkp, b.keys, b.batch, b.num_keys, repeats),
-          pack(v_nkp, b.keys, b.batch, b.num_keys, repeats), 0.0, !m, m, scale);
+          pack(q_nhp, b.queries, b.batch, b.num_queries, 1, dtype), pack(k_nkp, b.keys, b.batch, b.num_keys, repeats, dtype),
+          pack(v_nkp, b.keys, b.batch, b.num_keys, repeats, dtype), 0.0, !m, m, scale);
       unpack(o_bhtp, b.queries, out_nhp);
       saved.push_back(lse);
     }
@@ -175,11 +181,12 @@ struct SpanAttention : torch::autograd::Function<SpanAttention> {
     const auto dv_nkp = sums ? at::zeros(v_nkp.sizes(), options) : at::empty(v_nkp.sizes(), options);
     size_t next = 4;
     for (const auto& b : plan(ctx->saved_data["lengths"].toIntVector(), window)) {
-      const auto m = mask(b, window, q_nhp.options());
+      const auto dtype = compute_dtype(b, q_nhp);
+      const auto m = mask(b, window, q_nhp.options().dtype(dtype));
       const auto [dq, dk, dv] = at::_scaled_dot_product_flash_attention_for_cpu_backward(
-          pack(dout_nhp, b.queries, b.batch, b.num_queries, 1), pack(q_nhp, b.queries, b.batch, b.num_queries, 1),
-          pack(k_nkp, b.keys, b.batch, b.num_keys, repeats), pack(v_nkp, b.keys, b.batch, b.num_keys, repeats),
-          pack(out_nhp, b.queries, b.batch, b.num_queries, 1), saved[next++], 0.0, !m, m, ctx->saved_data["scale"].toDouble());
+          pack(dout_nhp, b.queries, b.batch, b.num_queries, 1, dtype), pack(q_nhp, b.queries, b.batch, b.num_queries, 1, dtype),
+          pack(k_nkp, b.keys, b.batch, b.num_keys, repeats, dtype), pack(v_nkp, b.keys, b.batch, b.num_keys, repeats, dtype),
+          pack(out_nhp, b.queries, b.batch, b.num_queries, 1, dtype), saved[next++], 0.0, !m, m, ctx->saved_data["scale"].toDouble());
       unpack(dq, b.queries, dq_nhp);
       const auto collect = [&](const at::Tensor& d_bhtp, const at::Tensor& out_nkp) {
         const auto d_bktp = repeats > 1 ? d_bhtp.unflatten(1, {k_nkp.size(1), repeats}).sum(2) : d_bhtp;

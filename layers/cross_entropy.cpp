@@ -88,7 +88,7 @@ void softmax_chunk(at::Tensor& logits_cv, const at::Tensor& targets_c, const at:
 struct Result {
   at::Tensor loss_n;  // fp32, or fp64
   at::Tensor dh_nd;   // undefined where not wanted
-  at::Tensor dw_vd;   // fp32, or fp64
+  at::Tensor dw_vd;   // fp32, or fp64; the weight's dtype after a single chunk
 };
 
 Result run(const at::Tensor& h_nd, const at::Tensor& w_vd, const at::Tensor& targets_n, int64_t chunk, bool want_dh, bool want_dw) {
@@ -110,11 +110,12 @@ Result run(const at::Tensor& h_nd, const at::Tensor& w_vd, const at::Tensor& tar
       at::mm_out(dh_cd, logits_cv, w_vd);
     }
     if (!want_dw) continue;
-    if (out.dw_vd.defined() && w_vd.scalar_type() == acc) out.dw_vd.addmm_(logits_cv.t(), h_cd);
-    else if (out.dw_vd.defined()) out.dw_vd.add_(at::mm(logits_cv.t(), h_cd));
-    else out.dw_vd = at::mm(logits_cv.t(), h_cd).to(acc);
+    // A single chunk's product needs no wider sum.
+    if (!out.dw_vd.defined()) out.dw_vd = at::mm(logits_cv.t(), h_cd);
+    else if (w_vd.scalar_type() == acc) out.dw_vd.addmm_(logits_cv.t(), h_cd);
+    else out.dw_vd = out.dw_vd.to(acc).add_(at::mm(logits_cv.t(), h_cd));
   }
-  if (want_dw && !out.dw_vd.defined()) out.dw_vd = at::zeros(w_vd.sizes(), w_vd.options().dtype(acc));
+  if (want_dw && !out.dw_vd.defined()) out.dw_vd = at::zeros(w_vd.sizes(), w_vd.options());
   return out;
 }
 
