@@ -339,8 +339,9 @@ Gradients backward_as(const Inputs& in, const at::Tensor& dy_ni) {
           ddt[(row + k) * p.H + h] = draw;
           sum[0] += draw;
           sum[1] += static_cast<double>(t.decay.d[k]) * da * t.decay.A;
-          sum[2] += tile_dot(t.dy.data() + k * p.P16, t.x.data() + k * p.P16, p.P16);
         }
+        for (int64_t k = 0; k < len; k += 4)  // a few rows in fp32, the rest of the sum in fp64
+          sum[2] += tile_dot(t.dy.data() + k * p.P16, t.x.data() + k * p.P16, std::min<int64_t>(4, len - k) * p.P16);
         const float skip = p.D[h];
         for (int64_t j = 0; j < len; ++j) {
           T* to = dxbc + (row + j) * p.channels + h * p.P;

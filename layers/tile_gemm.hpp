@@ -22,6 +22,15 @@ namespace detail {
 
 typedef float Vector __attribute__((vector_size(kVectorLanes * 4), aligned(4), may_alias));
 
+// The lanes' sum by halves.
+inline float lanes_sum(Vector sum) {
+  float part[kVectorLanes];
+  for (int l = 0; l < kVectorLanes; ++l) part[l] = sum[l];
+  for (int width = kVectorLanes / 2; width > 0; width /= 2)
+    for (int l = 0; l < width; ++l) part[l] += part[l + width];
+  return part[0];
+}
+
 template <int kVectors, bool kAccumulate>
 inline void tile_block(const float* a, int64_t a_row, int64_t a_col, const float* b, int64_t ldb, float* c, int64_t ldc, int64_t k_begin,
                        int64_t k_end) {
@@ -105,9 +114,7 @@ inline float tile_dot(const float* a, const float* b, int64_t n) {
   detail::Vector sum{};
   for (int64_t i = 0; i < n; i += kVectorLanes)
     sum += *reinterpret_cast<const detail::Vector*>(a + i) * *reinterpret_cast<const detail::Vector*>(b + i);
-  float total = 0;
-  for (int l = 0; l < kVectorLanes; ++l) total += sum[l];
-  return total;
+  return detail::lanes_sum(sum);
 }
 
 // The same for any n; the last n % kTileCols products are added one by one.
@@ -122,9 +129,7 @@ inline float tile_dot_any(const float* a, const float* b, int64_t n) {
 inline float tile_sum(const float* a, int64_t n) {
   detail::Vector sum{};
   for (int64_t i = 0; i < n; i += kVectorLanes) sum += *reinterpret_cast<const detail::Vector*>(a + i);
-  float total = 0;
-  for (int l = 0; l < kVectorLanes; ++l) total += sum[l];
-  return total;
+  return detail::lanes_sum(sum);
 }
 
 }  // namespace tessera
