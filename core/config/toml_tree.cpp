@@ -7,6 +7,9 @@
 #include <fmt/format.h>
 
 #define TOML_MAX_NESTED_VALUES 16
+// toml++ asserts that a key begins with a letter of a key, and reports that same mistake right after: `[|]` must be an error, not an abort.
+#undef NDEBUG
+#define TOML_ASSERT(expr) static_assert(true)
 #include <toml++/toml.h>
 
 namespace tessera {
@@ -31,13 +34,38 @@ std::string clean(std::string_view text, size_t limit = 160) {
   throw Error(ExitCode::kUsage, fmt::format("{}:{}:{}: error: {}", name, line, column, what));
 }
 
+// Follows strings and comments only as far as valid TOML goes: toml++ stops at the first mistake.
 void refuse_monsters(std::string_view text, const std::string& name) {
   if (text.size() > kMaxBytes) malformed(name, 1, 1, fmt::format("the file has more than {} bytes: this is no configuration", kMaxBytes));
+  const auto triple = [&](size_t at) { return text.substr(at, 3) == std::string(3, text[at]); };
+  char quote = 0;
+  bool block = false, comment = false;  // block: a string over several lines
   int64_t line = 1, dots = 0;
-  for (char c : text) {
-    if (c == '\n') ++line;
-    if (c == '\n' || c == '=' || c == ',' || c == '[' || c == '{') dots = 0;
-    if (c == '.' && ++dots > kMaxDots) malformed(name, line, 1, fmt::format("more than {} dots in one key or value", kMaxDots));
+  size_t line_begin = 0;
+  for (size_t at = text.starts_with("\xef\xbb\xbf") ? 3 : 0; at < text.size(); ++at) {
+    const char c = text[at];
+    if (c == '\n') {
+      ++line, line_begin = at + 1, dots = 0, comment = false;
+      if (!block) quote = 0;
+    } else if (comment) {
+      continue;
+    } else if (quote) {
+      if (c == '\\' && quote == '"' && at + 1 < text.size() && text[at + 1] != '\n') ++at;
+      else if (c == quote && (!block || triple(at))) {
+        if (block) for (at += 2; at + 1 < text.size() && text[at + 1] == quote;) ++at;  // quotes before the closing three belong to the string
+        quote = 0, block = false;
+      }
+    } else if (c == '"' || c == '\'') {
+      quote = c, block = triple(at);
+      if (block) at += 2;
+    } else if (c == '#') {
+      comment = true;
+    } else if (static_cast<unsigned char>(c) >= 0x80) {  // toml++ 3.3 does not tell some of these from spaces
+      malformed(name, line, static_cast<int64_t>(at - line_begin) + 1, "malformed TOML: a character outside ASCII must stand in a string or a comment");
+    } else {
+      if (c == '=' || c == ',' || c == '[' || c == '{') dots = 0;
+      if (c == '.' && ++dots > kMaxDots) malformed(name, line, 1, fmt::format("more than {} dots in one key or value", kMaxDots));
+    }
   }
 }
 
@@ -66,7 +94,9 @@ class Reader {
 
   TomlNode read(const toml::node& from, int depth) const {
     if (const auto* inner = from.as_table()) return table(*inner, depth);
-    TomlNode node{.kind = TomlNode::Kind::kValue, .place = place(from.source())};
+    TomlNode node;
+    node.kind = TomlNode::Kind::kValue;
+    node.place = place(from.source());
     if (const auto* v = from.as_boolean()) node.value = v->get();
     else if (const auto* v = from.as_integer()) node.value = v->get();
     else if (const auto* v = from.as_floating_point()) node.value = v->get();

@@ -156,7 +156,7 @@ TEST(Config, IntegersAreTakenWhereNumbersAreWanted) {
 
 TEST(Config, Sets) {
   const Config c = parse(kBase, {"training.steps=7", " training.steps = 8 ", "model.hybrid_override_pattern=M-*E", "symbols.-=scan", "symbols.\"*\"=experts",
-                                 "training.freeze=[\"embedding\", \"layers.3.\"]", "run.name=\"a=b\"", "data.path=/a/b-*.bin", "blocks.scan.limit=[0, inf]",
+                                 "training.freeze=[\"embedding\", \"layers.3.\"]", "run.name=\"a=b\"", "data.path=/é/b-*.bin", "blocks.scan.limit=[0, inf]",
                                  "symbols.E={ block = \"attn\", shared = true }", "symbols.E.shared=false", "optimizer.lr=1e-4"});
   EXPECT_EQ(c.training.steps, 8);
   EXPECT_EQ(c.pattern.main.size(), 4u);
@@ -167,7 +167,7 @@ TEST(Config, Sets) {
   EXPECT_EQ(c.training.freeze, (std::vector<std::string>{"embedding", "layers.3."}));
   EXPECT_EQ(c.run.name, "a=b");
   EXPECT_EQ(c.run.folder, "runs/a=b");
-  EXPECT_EQ(c.data.path, "/a/b-*.bin");
+  EXPECT_EQ(c.data.path, "/é/b-*.bin");
   EXPECT_EQ(c.optimizer.lr, 1e-4);
 }
 
@@ -321,11 +321,13 @@ TEST(Config, HostileTexts) {
     for (int i = 0; i < n; ++i) out += text;
     return out;
   };
+  EXPECT_EQ(parse(kBase + "[run]\nname = '''a''b''''\n").run.name, "a''b'");
+  EXPECT_EQ(parse(kBase + "[run]\nname = \"" + std::string(1000, '.') + "\"\n").run.name, std::string(1000, '.'));
   std::string dots = repeat("a.", 100000) + "a = 1\n", headers = "[" + repeat("a.", 100000) + "a]\n";
   const std::vector<std::string> texts{
       dots, headers, "a = " + repeat("[", 100000), "a = " + repeat("{a=", 100000), "a = " + repeat("[", 100) + repeat("]", 100),
       "a = " + repeat("[{a.a.a.a.a.a.a.a = ", 10) + "1" + repeat("}]", 10), std::string("a = 1\0b = 2", 11), "\xff\xfe\x00", "a = \"\xc3\x28\"", "\xef\xbb\xbf" + kBase + "x",
-      "a = \"", "a = '''", "a = \"\\u", "a.", "a. = 1", "[", "[[", "[]", "= 1", "\"", "a", "a =", "a = 99999999999999999999", "a = 1e999", "a = 0x", "a = 1979-13-40",
+      "a = \"", "a = '''", "a = \"\\u", "a.", "a. = 1", "[", "[[", "[]", "= 1", "\"", "a", "a =", "a = 99999999999999999999", "a = 1e999", "a = 0x", "[|]", "[a.|]", "a.| = 1", "{", "é = 1", "a = é", "a é = 1", "a = 1 é", "\"\"\"\"\"\" = \"\"\"", "a = 1979-13-40",
       kBase + "[blocks." + std::string(5000, 'x') + "]\n", kBase + "[symbols]\n\"\\u0000\" = \"scan\"\n", "[model]\nhybrid_override_pattern = \"" + std::string(500000, '|') + "\"\nhidden_size = 1\n",
       "[model]\nhybrid_override_pattern = \"" + std::string(500000, 'X') + "\"\nhidden_size = 1\n", "[model]\nhidden_size = 9223372036854775807\n",
       kBase + "[training]\nlocal_batch_size = 1000000000\nglobal_batch_size = 999999999\n[parallelism]\ndata_parallel_replicate_degree = 1048576\ndata_parallel_shard_degree = 1048576\n"};
