@@ -238,7 +238,7 @@ std::string describe_text(const Registry& registry, const std::string& name) {
 }
 
 std::map<std::string, std::string> reference_markdown(const Registry& registry) {
-  const std::string note = "\nMade by `tessera describe --all --markdown docs/reference`.\n";
+  const std::string note = "\nMade by `tessera describe --markdown docs/reference`.\n";
   std::map<std::string, std::string> files;
   for (const BlockType* block : registry.blocks()) files[fmt::format("{}.md", block->type())] = markdown_of(sheet_of(*block)) + note;
   for (const HeadType* head : registry.heads()) files[fmt::format("{}.md", head->type())] = markdown_of(sheet_of(*head)) + note;

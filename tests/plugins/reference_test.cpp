@@ -19,7 +19,7 @@ TEST(Reference, IsWhatTheTypesDeclare) {
     std::ifstream in(folder / name, std::ios::binary);
     std::stringstream held;
     held << in.rdbuf();
-    EXPECT_EQ(held.str(), text) << name << ": run `tessera describe --all --markdown docs/reference`";
+    EXPECT_EQ(held.str(), text) << name << ": run `tessera describe --markdown docs/reference`";
   }
   for (const auto& entry : std::filesystem::directory_iterator(folder)) EXPECT_TRUE(files.contains(entry.path().filename().string())) << entry.path() << " is of no loaded type";
 }
