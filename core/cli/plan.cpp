@@ -125,8 +125,10 @@ void add_plan(CLI::App& app, Run& run) {
   verb->callback([o, &run] {
     run = [o] {
       const Loaded loaded = load_with_plugins(o->config, o->sets);
-      const Mesh mesh = o->mesh.empty() ? config_mesh(loaded.config) : parse_mesh(o->mesh);
-      check_mesh(loaded.config, mesh);
+      const Mesh mesh = o->mesh.empty() ? make_mesh(loaded.config.parallelism) : parse_mesh(o->mesh);
+      Issues issues;
+      check_config(loaded.config, mesh, issues);
+      issues.raise();
       const ModelPlan plan = make_plan(loaded.config, mesh);
       const Documents documents{{.length = loaded.config.training.seq_len, .count = loaded.config.training.local_batch_size}};
       const MemoryPlan memory = plan_memory(plan, loaded.config, mesh);

@@ -25,12 +25,13 @@ void add_plugins(CLI::App& app, Run& run) {
     };
   });
   CLI::App* describe = app.add_subcommand("describe", "keys, parameters, state and sources of a block or head type");
-  auto* type = describe->add_option("TYPE", o->type, "a block or head type, as `tessera plugins` lists them; none: the core's tables");
+  auto* type = describe->add_option("TYPE", o->type, "a block or head type, as `tessera plugins` lists them, or a table of the configuration");
   describe->add_option("--markdown", o->markdown, "writes the whole reference into this folder instead")->excludes(type);
   describe->callback([o, &run] {
     run = [o] {
       const Registry registry = load_registry();
       if (o->markdown.empty()) {
+        if (o->type.empty()) throw Error(ExitCode::kUsage, "describe: give a TYPE or --markdown FOLDER", "`tessera plugins` lists the types");
         std::cout << describe_text(registry, o->type);
         return 0;
       }

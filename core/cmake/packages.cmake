@@ -14,4 +14,4 @@ endif()
 # What every target of the project is compiled with.
 add_library(tessera_options INTERFACE)
 target_compile_options(tessera_options INTERFACE -Wall -Wextra -Wno-unused-parameter -Wno-missing-field-initializers
-  $<$<CONFIG:Release>:-O2> $<$<CONFIG:RelWithDebInfo>:-O2 -g1>)
+  $<$<CONFIG:RelWithDebInfo>:-g1>)

@@ -196,4 +196,9 @@ const Binding& Config::binding(char symbol) const {
   throw Error(ExitCode::kRuntime, fmt::format("symbol '{}' is not bound to a block", symbol));
 }
 
+int64_t global_batch_rows(const Config& config, const Mesh& mesh) {
+  const TrainingConfig& t = config.training;
+  return t.global_batch_size ? t.global_batch_size : t.local_batch_size * mesh.dp_replicate * mesh.dp_shard;
+}
+
 }  // namespace tessera

@@ -175,4 +175,7 @@ std::string to_toml(const Config& config);
 
 Env make_env(const Config& config, const Mesh& mesh);
 
+// Rows of an optimizer step: training.global_batch_size, or local_batch_size x data ranks where it is 0.
+int64_t global_batch_rows(const Config& config, const Mesh& mesh = {});
+
 }  // namespace tessera

@@ -34,7 +34,7 @@ double median(std::vector<double> values) {
 std::vector<Batch> random_batches(const Config& config, at::Device device) {
   std::vector<Batch> out;
   const TrainingConfig& t = config.training;
-  for (int64_t row = 0; row < t.global_batch_size; row += t.local_batch_size)
+  for (int64_t row = 0; row < global_batch_rows(config); row += t.local_batch_size)
     out.push_back({.ids_n = at::randint(config.model.vocab_size, {t.local_batch_size * t.seq_len}, at::TensorOptions(at::kLong)).to(device),
                    .spans = Spans::uniform(t.local_batch_size, t.seq_len)});
   return out;
@@ -96,10 +96,10 @@ BenchResult bench(const Config& config, const BenchOptions& options) {
     const double s = timed([&] { train_step(model, optimizer, batches, config.optimizer.lr, config.training.max_norm); });
     if (step) times.push_back(s);
   }
-  const int64_t tokens = config.training.global_batch_size * config.training.seq_len;
+  const int64_t tokens = global_batch_rows(config) * config.training.seq_len;
   result.train_step_s = median(times);
   result.train_tokens_per_s = static_cast<double>(tokens) / result.train_step_s;
-  const Documents documents{{.length = config.training.seq_len, .count = config.training.global_batch_size}};
+  const Documents documents{{.length = config.training.seq_len, .count = global_batch_rows(config)}};
   for (const CostRow& row : cost_rows(plan, documents)) result.train_flops_per_s += 3 * row.cost.flops() / result.train_step_s;
   result.peak_bytes = peak_memory_bytes();
 

@@ -1,9 +1,6 @@
 #include "plan/memory.hpp"
 
-#include <fmt/format.h>
-
 #include <algorithm>
-#include <set>
 
 namespace tessera {
 
@@ -64,32 +61,6 @@ MemoryPlan plan_memory(const ModelPlan& plan, const Config& config, const Mesh& 
     }
   memory.activations = element * (kept + largest + 2 * n * d) / static_cast<double>(mesh.cp * mesh.tp * mesh.pp);
   return memory;
-}
-
-Mesh config_mesh(const Config& config) {
-  const ParallelismConfig& p = config.parallelism;
-  return {.pp = p.pipeline_parallel_degree, .dp_replicate = p.data_parallel_replicate_degree, .dp_shard = std::max<int64_t>(p.data_parallel_shard_degree, 1),
-          .cp = p.context_parallel_degree, .tp = p.tensor_parallel_degree, .ep = p.expert_parallel_degree, .etp = p.expert_tensor_parallel_degree};
-}
-
-void check_mesh(const Config& config, const Mesh& mesh) {
-  Issues issues;
-  check_config(config, mesh, issues);
-  if (mesh.pp > 1 && config.pattern.num_stages > 1 && config.pattern.num_stages % mesh.pp)
-    issues.add("pp", fmt::format("must divide the pattern's {} stages, got {}", config.pattern.num_stages, mesh.pp));
-  if (mesh.pp > static_cast<int64_t>(config.pattern.main.size()))
-    issues.add("pp", fmt::format("must not exceed the {} layers, got {}", config.pattern.main.size(), mesh.pp));
-  if (issues.empty()) {
-    const ModelPlan plan = make_plan(config, mesh);
-    std::set<std::string> told;  // a rule of a block type is the same for all its layers
-    for (const TensorRow& row : tensor_rows(plan)) {
-      std::string why;
-      if (!row.param || local_shape(*row.param, mesh, &why)) continue;
-      const std::string key = row.layer ? "blocks." + row.layer->binding : "model";
-      if (told.insert(key + why).second) issues.add(key, why);
-    }
-  }
-  issues.raise();
 }
 
 }  // namespace tessera

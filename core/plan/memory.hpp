@@ -1,4 +1,4 @@
-// Memory of one rank and the rules of a mesh, from the plan's rows alone.
+// Memory of one rank, from the plan's rows alone.
 #pragma once
 #include "plan/plan.hpp"
 
@@ -14,11 +14,5 @@ struct MemoryPlan {
   double total() const { return parameters + gradients + optimizer + compute + activations; }
 };
 MemoryPlan plan_memory(const ModelPlan& plan, const Config& config, const Mesh& mesh);
-
-// Degrees of [parallelism], with -1 as 1 rank.
-Mesh config_mesh(const Config& config);
-
-// Throws one Error(kUsage) with every rule of the blocks and of the parameters' rows that `mesh` breaks, each with its numbers.
-void check_mesh(const Config& config, const Mesh& mesh);
 
 }  // namespace tessera

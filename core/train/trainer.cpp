@@ -47,6 +47,8 @@ class Run {
       : config_(config), registry_(registry), options_(options), folder_(config.run.folder), checkpoints_(folder_ / "checkpoints") {}
 
   int go() {
+    make_mesh(config_.parallelism, /*world_size=*/1);  // refuses degrees that need more than this process
+    if (!has_data(config_)) throw Error(ExitCode::kUsage, "data: the table is missing, so there is nothing to train on", "for example [data] source = \"bytes\" and path = \"{libtorch}/**/*.h\"");
     if (open_folder()) return 0;
     apply_runtime(config_.training);
     device_ = choose_device(config_.training.device);
@@ -125,7 +127,7 @@ class Run {
     peak_flops_ = measure_matrix_peak(dtype_, device_);
   }
 
-  int64_t global_rows() const { return config_.training.global_batch_size; }
+  int64_t global_rows() const { return global_batch_rows(config_); }
 
   // The rows of this step, cut into micro-batches.
   std::vector<Batch> next_batches() {
