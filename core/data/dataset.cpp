@@ -56,16 +56,12 @@ int64_t Dataset::num_documents(size_t component, Split split) const {
   return split == Split::kValidation ? held_out : components_[component].source->num_documents() - held_out;
 }
 
-int64_t Dataset::document(size_t component, Split split, int64_t epoch, int64_t ordinal) const {
-  const Component& c = components_[component];
-  const int64_t n = c.source->num_documents();
-  // Endless documents are all alike: the lower half is for training, in order.
-  if (n == Source::kEndless) return split == Split::kTraining ? ordinal : n - 1 - ordinal;
+int64_t Dataset::held_out_document(size_t component, int64_t ordinal) const {
+  const int64_t n = components_[component].source->num_documents();
+  // Endless documents are all alike: the lower half is for training.
+  if (n == Source::kEndless) return n - 1 - ordinal;
   // A permutation puts the held-out documents first.
-  const Permutation by_split(n, key(seed_, kSplit, component));
-  if (split == Split::kValidation) return by_split.inverse(ordinal);
-  const Permutation shuffle(n - c.num_held_out, mix(key(seed_, kShuffle, component), static_cast<uint64_t>(epoch)));
-  return by_split.inverse(c.num_held_out + shuffle(ordinal));
+  return Permutation(n, key(seed_, kSplit, component)).inverse(ordinal);
 }
 
 void Dataset::read(size_t component, int64_t document, int64_t begin, std::span<int64_t> out) const {
@@ -88,6 +84,44 @@ std::string Dataset::hash() const {
   print.add(std::bit_cast<uint64_t>(validation_fraction_));
   print.add(static_cast<uint64_t>(seed_));
   return print.text();
+}
+
+Pieces::Pieces(const Dataset& dataset, size_t component, int64_t seq_len)
+    : source_(*dataset.components()[component].source), seq_len_(seq_len), shuffle_key_(key(dataset.seed(), kShuffle, component)) {
+  const auto count = [&](int64_t document) {
+    const int64_t length = source_.document_len(document);
+    return length / seq_len + (length % seq_len != 0);
+  };
+  const int64_t n = source_.num_documents(), training = dataset.num_documents(component, Split::kTraining);
+  if (n == Source::kEndless) {
+    const int64_t each = count(0);
+    size_ = training > Source::kEndless / each ? Source::kEndless : training * each;
+    return;
+  }
+  std::vector<bool> held_out(static_cast<size_t>(n));
+  for (int64_t i = 0; i < n - training; ++i) held_out[static_cast<size_t>(dataset.held_out_document(component, i))] = true;
+  starts_.reserve(static_cast<size_t>(n) + 1);
+  for (int64_t i = 0; i < n; ++i) {
+    starts_.push_back(size_);
+    if (!held_out[static_cast<size_t>(i)]) size_ += count(i);
+  }
+  starts_.push_back(size_);
+  if (size_ == 0) throw Error(ExitCode::kRuntime, fmt::format("{}: all {} documents for training are empty", source_.name(), training));
+}
+
+Piece Pieces::at(int64_t epoch, int64_t ordinal) const {
+  int64_t document, begin;
+  if (starts_.empty()) {
+    const int64_t length = source_.document_len(0), each = length / seq_len_ + (length % seq_len_ != 0);
+    document = ordinal / each;
+    begin = ordinal % each * seq_len_;
+  } else {
+    const int64_t piece = Permutation(size_, mix(shuffle_key_, static_cast<uint64_t>(epoch)))(ordinal);
+    // The last document that starts at or before the piece: the ones without pieces start where the next one does.
+    document = std::upper_bound(starts_.begin(), starts_.end(), piece) - starts_.begin() - 1;
+    begin = (piece - starts_[static_cast<size_t>(document)]) * seq_len_;
+  }
+  return {document, begin, std::min(seq_len_, source_.document_len(document) - begin)};
 }
 
 }  // namespace tessera

@@ -4,7 +4,6 @@
 #include <fmt/ranges.h>
 #include <fnmatch.h>
 
-#include <algorithm>
 #include <set>
 #include <system_error>
 
@@ -26,10 +25,10 @@ std::vector<fs::directory_entry> list(const fs::path& folder) {
   return entries;
 }
 
-void match(const fs::path& folder, const std::vector<std::string>& parts, size_t next, std::set<fs::path>& found) {
+void match(const fs::path& folder, const std::vector<std::string>& parts, size_t next, std::set<std::string>& found) {
   std::error_code code;
   if (next == parts.size()) {
-    if (fs::is_regular_file(folder, code)) found.insert(folder);
+    if (fs::is_regular_file(folder, code)) found.insert(folder.native());
     return;
   }
   const std::string& part = parts[next];
@@ -62,11 +61,9 @@ std::vector<fs::path> glob(const std::string& pattern) {
     if (!part.empty()) parts.push_back(part.string());
   // A final ** means the files in all those folders.
   if (!parts.empty() && parts.back() == "**") parts.push_back("*");
-  std::set<fs::path> found;
+  std::set<std::string> found;  // by bytes: paths compare by components
   match(path.root_path(), parts, 0, found);
-  std::vector<fs::path> files(found.begin(), found.end());
-  std::sort(files.begin(), files.end(), [](const fs::path& a, const fs::path& b) { return a.native() < b.native(); });
-  return files;
+  return {found.begin(), found.end()};
 }
 
 fs::path glob_root(const std::string& pattern) {

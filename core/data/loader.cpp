@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <nlohmann/json.hpp>
 
+#include "data/hash.hpp"
 #include "tessera/error.hpp"
 
 namespace tessera {
@@ -59,11 +60,25 @@ Batch assemble(std::span<const Row> rows) {
   return batch;
 }
 
-Loader::Loader(std::shared_ptr<const Dataset> dataset, int64_t seq_len)
-    : dataset_(std::move(dataset)), seq_len_(seq_len), cursors_(dataset_->components().size()) {}
+Loader::Loader(std::shared_ptr<const Dataset> dataset, int64_t seq_len) : Loader(std::move(dataset), seq_len, Split::kTraining) {}
 
-// Opens the next document that has a token. False at the end of the held-out documents; the training stream has no end.
-bool Loader::open_document() {
+Loader::Loader(std::shared_ptr<const Dataset> dataset, int64_t seq_len, Split split)
+    : dataset_(std::move(dataset)), seq_len_(seq_len), cursors_(dataset_->components().size()) {
+  for (size_t c = 0; c < cursors_.size() && split == Split::kTraining; ++c) pieces_.emplace_back(*dataset_, c, seq_len);
+}
+
+int64_t Loader::num_pieces(size_t component) const {
+  return pieces_.empty() ? dataset_->num_documents(component, Split::kValidation) : pieces_[component].size();
+}
+
+Piece Loader::piece_at(size_t component, const Cursor& cursor) const {
+  if (!pieces_.empty()) return pieces_[component].at(cursor.epoch, cursor.ordinal);
+  const int64_t document = dataset_->held_out_document(component, cursor.ordinal);
+  return {document, 0, dataset_->components()[component].source->document_len(document)};
+}
+
+// Opens the next piece that has a token. False at the end of the held-out documents; the training stream has no end.
+bool Loader::open_piece() {
   std::vector<bool> exhausted(cursors_.size());
   for (;;) {
     int64_t best = -1;
@@ -75,19 +90,14 @@ bool Loader::open_document() {
     if (best < 0) return false;
     const auto c = static_cast<size_t>(best);
     Cursor& cursor = cursors_[c];
-    const Source& source = *dataset_->components()[c].source;
-    const int64_t n = dataset_->num_documents(c, split_);
-    for (int64_t empty = 0;; ++empty, ++cursor.ordinal) {
-      if (cursor.ordinal >= n && split_ == Split::kValidation) break;
-      if (cursor.ordinal >= n) ++cursor.epoch, cursor.ordinal = 0;
-      // Two epochs' worth of documents in a row hold every document.
-      if (empty / 2 > n) throw Error(ExitCode::kRuntime, fmt::format("{}: all {} documents for training are empty", source.name(), n));
-      document_ = dataset_->document(c, split_, cursor.epoch, cursor.ordinal);
-      length_ = source.document_len(document_);
-      if (length_ == 0) continue;
+    const int64_t n = num_pieces(c);
+    if (!pieces_.empty() && cursor.ordinal >= n) ++cursor.epoch, cursor.ordinal = 0;
+    for (; cursor.ordinal < n; ++cursor.ordinal) {
+      piece_ = piece_at(c, cursor);
+      if (piece_.length == 0) continue;
       current_ = best;
       offset_ = 0;
-      cursor.tokens += length_;
+      cursor.tokens += piece_.length;
       return true;
     }
     exhausted[c] = true;
@@ -99,14 +109,18 @@ Row Loader::next_row(bool read) {
   if (read) row.ids.resize(static_cast<size_t>(seq_len_));
   int64_t filled = 0;
   while (filled < seq_len_) {
-    if (current_ < 0 && !open_document()) break;
-    const int64_t count = std::min(seq_len_ - filled, length_ - offset_);
-    if (read) dataset_->read(static_cast<size_t>(current_), document_, offset_, std::span(row.ids).subspan(static_cast<size_t>(filled), static_cast<size_t>(count)));
+    if (current_ < 0 && !open_piece()) break;
+    const int64_t count = std::min(seq_len_ - filled, piece_.length - offset_);
+    const auto c = static_cast<size_t>(current_);
+    if (read) {
+      const auto out = std::span(row.ids).subspan(static_cast<size_t>(filled), static_cast<size_t>(count));
+      dataset_->read(c, piece_.document, piece_.begin + offset_, out);
+    }
     row.lengths.push_back(count);
     filled += count;
     offset_ += count;
-    if (offset_ < length_) continue;
-    ++cursors_[static_cast<size_t>(current_)].ordinal;
+    if (offset_ < piece_.length) continue;
+    ++cursors_[c].ordinal;
     current_ = -1;
   }
   if (read) row.ids.resize(static_cast<size_t>(filled));
@@ -120,9 +134,16 @@ std::vector<Row> Loader::next_rows(int64_t count, int64_t first, int64_t last) {
   return rows;
 }
 
+std::string Loader::hash() const {
+  Fingerprint print;
+  print.add(dataset_->hash());
+  print.add(static_cast<uint64_t>(seq_len_));
+  return print.text();
+}
+
 json Loader::state() const {
-  json state{{"seed", dataset_->seed()}, {"validation_fraction", dataset_->validation_fraction()}, {"current", current_},
-             {"offset", current_ < 0 ? 0 : offset_}, {"sources", json::array()}};
+  json state{{"seed", dataset_->seed()}, {"validation_fraction", dataset_->validation_fraction()}, {"seq_len", seq_len_},
+             {"current", current_}, {"offset", current_ < 0 ? 0 : offset_}, {"sources", json::array()}};
   for (size_t c = 0; c < cursors_.size(); ++c) {
     const Component& component = dataset_->components()[c];
     state["sources"].push_back({{"name", component.source->name()}, {"hash", component.source->hash()}, {"weight", component.weight},
@@ -135,6 +156,7 @@ json Loader::state() const {
 void Loader::restore(const json& state) {
   expect_same(state, "seed", dataset_->seed(), "data.seed");
   expect_same(state, "validation_fraction", dataset_->validation_fraction(), "data.validation_fraction");
+  expect_same(state, "seq_len", seq_len_, "training.seq_len");
   const auto sources = state.find("sources");
   if (sources == state.end() || !sources->is_array()) fail("", "has no list 'sources'");
   if (sources->size() != cursors_.size()) fail("resume with the data of the checkpoint", "it was in {} sources, now there are {}", sources->size(), cursors_.size());
@@ -152,20 +174,20 @@ void Loader::restore(const json& state) {
       fail("resume with the data of the checkpoint", "source {} changed: it was {} with {} documents (hash {}), now {} with {} documents (hash {})", c,
            text("name"), documents, text("hash"), component.source->name(), component.source->num_documents(), component.source->hash());
     expect_same(saved, "weight", component.weight, fmt::format("weight of source {}", c));
-    cursors[c] = {integer(saved, "epoch", 0, INT64_MAX - 1), integer(saved, "ordinal", 0, dataset_->num_documents(c, split_)),
+    cursors[c] = {integer(saved, "epoch", 0, INT64_MAX - 1), integer(saved, "ordinal", 0, num_pieces(c)),
                   integer(saved, "tokens", 0, INT64_MAX)};
   }
   const int64_t current = integer(state, "current", -1, static_cast<int64_t>(cursors.size()) - 1);
-  int64_t document = 0, length = 0, offset = 0;
+  Piece piece{};
+  int64_t offset = 0;
   if (current >= 0) {
     const auto c = static_cast<size_t>(current);
-    integer((*sources)[c], "ordinal", 0, dataset_->num_documents(c, split_) - 1);
-    document = dataset_->document(c, split_, cursors[c].epoch, cursors[c].ordinal);
-    length = dataset_->components()[c].source->document_len(document);
-    offset = integer(state, "offset", 1, length - 1);
+    integer((*sources)[c], "ordinal", 0, num_pieces(c) - 1);
+    piece = piece_at(c, cursors[c]);
+    offset = integer(state, "offset", 1, piece.length - 1);
   }
   cursors_ = std::move(cursors);
-  current_ = current, document_ = document, length_ = length, offset_ = offset;
+  current_ = current, piece_ = piece, offset_ = offset;
 }
 
 std::vector<Row> validation_rows(std::shared_ptr<const Dataset> dataset, int64_t seq_len, int64_t tokens) {
@@ -176,8 +198,7 @@ std::vector<Row> validation_rows(std::shared_ptr<const Dataset> dataset, int64_t
                 "give more documents, or turn validation off with validation.interval = 0");
   if (!held_out)
     throw Error(ExitCode::kRuntime, "data.validation_fraction = 0 holds no document out for validation", "turn validation off with validation.interval = 0");
-  Loader loader(dataset, seq_len);
-  loader.split_ = Split::kValidation;
+  Loader loader(dataset, seq_len, Split::kValidation);
   std::vector<Row> rows;
   const int64_t count = std::max<int64_t>(1, tokens / seq_len);
   while (static_cast<int64_t>(rows.size()) < count) {

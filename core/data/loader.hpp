@@ -1,4 +1,4 @@
-// Rows of exactly seq_len tokens, packed from documents end to end with the boundaries kept.
+// Rows of exactly seq_len tokens, packed from pieces of documents end to end with the boundaries kept.
 #pragma once
 #include <cstdint>
 #include <memory>
@@ -12,50 +12,56 @@
 
 namespace tessera {
 
-// One row of a global batch. A document that the row's end cuts goes on in the next row as a document of its own.
+// One row of a global batch. A piece that the row's end cuts goes on in the next row as a document of its own.
 struct Row {
   std::vector<int64_t> ids;      // empty where the row was passed over
-  std::vector<int64_t> lengths;  // of its documents' pieces, each at least 1; they sum to seq_len
-  // Tokens whose successor lies in the same piece: the targets of the next-token loss.
+  std::vector<int64_t> lengths;  // of its parts, each a stretch of one document of at least 1 token; they sum to seq_len
+  // Tokens whose successor lies in the same part: the targets of the next-token loss.
   int64_t num_targets() const;
 };
 
-// The rows end to end, on the CPU; every piece is a whole document.
+// The rows end to end, on the CPU; every part is a document of the spans.
 Batch assemble(std::span<const Row> rows);
 
-// The training stream. It does not depend on ranks, micro-batches or seq_len's multiples: a rank asks for all rows of a global batch and reads its own.
-// Over a mixture, the next document comes from the source with the least tokens per weight so far, so shares of tokens follow the weights to
-// within a document.
+// The training stream: the pieces of the training documents (see Pieces) in the shuffled order of each epoch, end to end. It depends on the dataset and
+// on seq_len, not on ranks or micro-batches: a rank asks for all rows of a global batch and reads its own. Over a mixture, the next piece comes from
+// the source with the least tokens per weight so far, so shares of tokens follow the weights to within a piece.
 class Loader {
  public:
+  // Cuts the documents into pieces, which throws Error(kRuntime) where a source has none or a line cannot be parsed.
   Loader(std::shared_ptr<const Dataset> dataset, int64_t seq_len);
 
   // The next `count` rows. Tokens are read for rows [first, last) only; `lengths` are there for all, so that global counts need no exchange.
   std::vector<Row> next_rows(int64_t count, int64_t first, int64_t last);
   std::vector<Row> next_rows(int64_t count) { return next_rows(count, 0, count); }
 
-  // The position, and what the stream depends on. Restoring it continues with the same rows, for any seq_len.
+  // The position, and what the stream depends on, seq_len included. Restoring it continues with the same rows.
   nlohmann::json state() const;
-  // Throws Error(kRuntime) that says what changed where the data are not those of the state, and where the state is damaged.
+  // Throws Error(kRuntime) that says what changed where the data or seq_len are not those of the state, and where the state is damaged.
   void restore(const nlohmann::json& state);
-  std::string hash() const { return dataset_->hash(); }
+  // Changes with whatever the rows depend on.
+  std::string hash() const;
   const Dataset& dataset() const { return *dataset_; }
 
  private:
   friend std::vector<Row> validation_rows(std::shared_ptr<const Dataset>, int64_t, int64_t);
   struct Cursor {
-    int64_t epoch = 0, ordinal = 0;
-    int64_t tokens = 0;  // begun documents count whole
+    int64_t epoch = 0, ordinal = 0;  // of the next piece, or of the current one
+    int64_t tokens = 0;              // begun pieces count whole
   };
+  Loader(std::shared_ptr<const Dataset> dataset, int64_t seq_len, Split split);
+  int64_t num_pieces(size_t component) const;
+  Piece piece_at(size_t component, const Cursor& cursor) const;
   Row next_row(bool read);
-  bool open_document();
+  bool open_piece();
 
   std::shared_ptr<const Dataset> dataset_;
   int64_t seq_len_;
-  Split split_ = Split::kTraining;
+  std::vector<Pieces> pieces_;  // none for held-out documents, which are not cut
   std::vector<Cursor> cursors_;
-  int64_t current_ = -1;  // component of the document being read
-  int64_t document_ = 0, length_ = 0, offset_ = 0;
+  int64_t current_ = -1;  // component of the piece being read
+  Piece piece_{};
+  int64_t offset_ = 0;  // tokens of the piece that are in rows already
 };
 
 // Rows of held-out documents, the same every time: as many full rows as fit into `tokens` (at least one), each document at most once. Where the

@@ -12,7 +12,7 @@ namespace tessera {
 class Source {
  public:
   virtual ~Source();
-  // kEndless for a source that never repeats.
+  // kEndless for a source that never repeats, whose documents all have one length, above 0.
   virtual int64_t num_documents() const = 0;
   virtual int64_t document_len(int64_t document) const = 0;  // tokens
   // Tokens [begin, begin + out.size()) of a document, which must lie in it. The ids are as stored: the caller checks them.
@@ -32,8 +32,8 @@ class Source {
 
 // Every file of the glob is a document, its bytes are the tokens.
 std::unique_ptr<Source> open_bytes(const std::string& glob);
-// Every line of the glob's files is a JSON object; the UTF-8 bytes of its string `field` are the tokens. Blank lines are skipped. Lines are checked
-// when they are read.
+// Every line of the glob's files is a JSON object; the UTF-8 bytes of its string `field` are the tokens. Blank lines are skipped. A line is parsed
+// and checked when its length is asked for or it is read.
 std::unique_ptr<Source> open_jsonl(const std::string& glob, const std::string& field);
 // `<prefix>.bin` and `<prefix>.idx`. Source: Megatron-LM core/datasets/indexed_dataset.py.
 std::unique_ptr<Source> open_megatron(const std::string& prefix);

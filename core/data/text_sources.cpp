@@ -77,9 +77,14 @@ class JsonlSource final : public Source {
       index(static_cast<int64_t>(files_.size()) - 1);
     }
     hash_ = print.text();
+    lengths_.assign(lines_.size(), -1);
   }
   int64_t num_documents() const override { return static_cast<int64_t>(lines_.size()); }
-  int64_t document_len(int64_t document) const override { return static_cast<int64_t>(text(document).size()); }
+  int64_t document_len(int64_t document) const override {
+    int64_t& length = lengths_[static_cast<size_t>(document)];
+    if (length < 0) length = static_cast<int64_t>(text(document).size());
+    return length;
+  }
   const std::string& name() const override { return name_; }
   const std::string& hash() const override { return hash_; }
 
@@ -135,6 +140,7 @@ class JsonlSource final : public Source {
   std::string field_, name_, hash_;
   std::vector<std::unique_ptr<MappedFile>> files_;
   std::vector<Line> lines_;
+  mutable std::vector<int64_t> lengths_;  // -1 where not asked for yet
   mutable int64_t open_ = -1;
   mutable std::string text_;
 };

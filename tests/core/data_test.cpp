@@ -3,6 +3,8 @@
 #include <gtest/gtest.h>
 #include <unistd.h>
 
+#include <array>
+#include <cmath>
 #include <cstring>
 #include <fstream>
 #include <nlohmann/json.hpp>
@@ -157,6 +159,9 @@ TEST_F(Data, JsonlLines) {
   EXPECT_EQ(read_all(*source, 8), (std::vector<int64_t>{'e', 'n', 'd'}));
   DataConfig config;
   config.source = "jsonl";
+  config.path = path;
+  config.validation_fraction = 0;
+  EXPECT_EQ(message([&] { Loader(Dataset::open(config, 256), 4); }), path + ":4: field 'text' must be a string, got number");
   config.path = put("empty.jsonl", "\n\n");
   EXPECT_EQ(message([&] { Dataset::open(config, 256); }), fmt::format("jsonl '{}': has no documents", config.path));
 }
@@ -262,17 +267,17 @@ TEST_F(Data, MegatronRefusesWhatAnIndexMayClaim) {
   EXPECT_EQ(refusal(good), at("m.bin") + ": cannot be opened: No such file or directory");
 }
 
-TEST_F(Data, RowsAreFullAndCutDocumentsGoOnAsNewOnes) {
+TEST_F(Data, RowsAreFullAndCutPiecesGoOnAsNewOnes) {
   put_files("d", {5, 1, 0, 9, 4});
   Loader loader(bytes("d"), 4);
   std::map<int64_t, int64_t> counts;
-  int64_t pieces_of_one = 0;
+  int64_t parts_of_one = 0;
   for (const Row& row : loader.next_rows(19)) {  // 4 epochs of 19 tokens
     ASSERT_EQ(row.ids.size(), 4u);
     ASSERT_EQ(std::accumulate(row.lengths.begin(), row.lengths.end(), int64_t{0}), 4);
     int64_t at = 0;
     for (const int64_t length : row.lengths) {
-      pieces_of_one += length == 1;
+      parts_of_one += length == 1;
       for (int64_t i = 0; i < length; ++i) EXPECT_EQ(row.ids[static_cast<size_t>(at + i)], row.ids[static_cast<size_t>(at)]);
       at += length;
     }
@@ -280,13 +285,101 @@ TEST_F(Data, RowsAreFullAndCutDocumentsGoOnAsNewOnes) {
     for (const int64_t id : row.ids) ++counts[id];
   }
   EXPECT_EQ(counts, (std::map<int64_t, int64_t>{{'A', 20}, {'B', 4}, {'D', 36}, {'E', 16}}));
-  EXPECT_GT(pieces_of_one, 0);
+  EXPECT_GT(parts_of_one, 0);
   const std::vector<Row> rows = loader.next_rows(3);
   const Batch batch = assemble(std::span(rows).subspan(1));
   EXPECT_EQ(batch.ids_n.numel(), 8);
   EXPECT_EQ(batch.spans.num_tokens(), 8);
   EXPECT_EQ(batch.spans.size(), static_cast<int64_t>(rows[1].lengths.size() + rows[2].lengths.size()));
   EXPECT_TRUE(batch.spans.whole());
+}
+
+// Documents of which each token says where it is: token `t` of document `d` is d * 1000 + t.
+void put_numbered(const std::string& prefix, const std::vector<int>& lengths) {
+  std::string tokens;
+  Index index{.code = 4, .lengths = {}, .offsets = {}, .documents = {0}};
+  for (size_t d = 0; d < lengths.size(); ++d) {
+    index.lengths.push_back(lengths[d]);
+    index.offsets.push_back(static_cast<int64_t>(tokens.size()));
+    index.documents.push_back(static_cast<int64_t>(d) + 1);
+    for (int t = 0; t < lengths[d]; ++t) add(tokens, static_cast<int32_t>(static_cast<int>(d) * 1000 + t));
+  }
+  std::ofstream(prefix + ".bin", std::ios::binary) << tokens;
+  std::ofstream(prefix + ".idx", std::ios::binary) << index.text();
+}
+
+std::shared_ptr<const Dataset> numbered(const std::string& prefix, double fraction) {
+  DataConfig config;
+  config.source = "megatron";
+  config.path = prefix;
+  config.validation_fraction = fraction;
+  return Dataset::open(config, 1000000);
+}
+
+TEST_F(Data, EveryTokenOfATrainingDocumentOccursOnceAnEpoch) {
+  const std::vector<int> lengths{0, 1, 16, 17, 500, 0, 15, 32, 33, 999, 0, 2, 64};
+  put_numbered(at("n"), lengths);
+  for (const double fraction : {0.0, 0.25})
+    for (const int64_t seq_len : {1, 7, 16, 2000}) {
+      const auto dataset = numbered(at("n"), fraction);
+      std::set<int64_t> training;
+      for (size_t d = 0; d < lengths.size(); ++d)
+        for (int t = 0; t < lengths[d]; ++t) training.insert(static_cast<int64_t>(d) * 1000 + t);
+      for (int64_t i = 0; i < dataset->components()[0].num_held_out; ++i) {
+        const int64_t d = dataset->held_out_document(0, i);
+        training.erase(training.lower_bound(d * 1000), training.lower_bound(d * 1000 + 1000));
+      }
+      const auto epoch_tokens = static_cast<int64_t>(training.size());
+      Loader loader(dataset, seq_len);
+      std::vector<int64_t> stream, starts;
+      for (const Row& row : loader.next_rows((3 * epoch_tokens + seq_len - 1) / seq_len)) {
+        ASSERT_EQ(static_cast<int64_t>(row.ids.size()), seq_len);
+        auto id = row.ids.begin();
+        for (const int64_t length : row.lengths) {
+          starts.push_back(static_cast<int64_t>(stream.size()));
+          for (int64_t i = 0; i < length; ++i) ASSERT_EQ(id[i], id[0] + i) << "a part is a stretch of one document";
+          stream.insert(stream.end(), id, id + length);
+          id += length;
+        }
+      }
+      for (int64_t epoch = 0; epoch < 3; ++epoch) {
+        const auto begin = stream.begin() + epoch * epoch_tokens;
+        EXPECT_EQ(std::set<int64_t>(begin, begin + epoch_tokens), training) << seq_len;
+      }
+      // A part starts at a multiple of seq_len in its document, or where a row cut a piece.
+      for (const int64_t start : starts) {
+        const int64_t id = stream[static_cast<size_t>(start)];
+        const bool goes_on = start % seq_len == 0 && start > 0 && stream[static_cast<size_t>(start) - 1] == id - 1;
+        EXPECT_TRUE(id % 1000 % seq_len == 0 || goes_on) << id;
+      }
+    }
+}
+
+TEST_F(Data, ABatchOfLongDocumentsComesFromSeveral) {
+  put_files("d", std::vector<int>(12, 50000));
+  Loader loader(bytes("d", 0.1), 256);
+  for (int step = 0; step < 50; ++step) {
+    std::set<int64_t> documents;
+    for (const Row& row : loader.next_rows(8)) documents.insert(row.ids.begin(), row.ids.end());
+    EXPECT_GE(documents.size(), 3u);
+  }
+}
+
+TEST_F(Data, EndlessDocumentsAreCutByArithmetic) {
+  DataConfig config;
+  config.source = "random";
+  config.document_len = 10;
+  const auto dataset = Dataset::open(config, 1000);
+  const Pieces pieces(*dataset, 0, 4);
+  EXPECT_EQ(pieces.size(), Source::kEndless);
+  for (const auto& [ordinal, document, begin, length] :
+       {std::array<int64_t, 4>{0, 0, 0, 4}, {1, 0, 4, 4}, {2, 0, 8, 2}, {3, 1, 0, 4}, {Source::kEndless - 1, (Source::kEndless - 1) / 3, 0, 4}}) {
+    const Piece piece = pieces.at(0, ordinal);
+    EXPECT_EQ(piece.document, document);
+    EXPECT_EQ(piece.begin, begin);
+    EXPECT_EQ(piece.length, length);
+    EXPECT_LT(piece.document, dataset->num_documents(0, Split::kTraining));
+  }
 }
 
 TEST_F(Data, EpochsAreShuffledBySeed) {
@@ -325,7 +418,7 @@ DataConfig mixture_of(const std::string& a, const std::string& b) {
   DataConfig config;
   config.source = "mixture";
   config.validation_fraction = 0.2;
-  config.mixture = {{.path = a, .weight = 3}, {.path = b, .weight = 1}, {.source = "random", .document_len = 5, .weight = 2}};
+  config.mixture = {{.path = a, .weight = 3}, {.path = b, .weight = 1}, {.source = "random", .path = "", .document_len = 5, .weight = 2}};
   return config;
 }
 
@@ -357,8 +450,8 @@ TEST_F(Data, SharesFollowTheWeights) {
   for (int step = 0; step < 50; ++step) {
     for (const Row& row : loader.next_rows(8))
       for (const int64_t id : row.ids) upper += id < 'a', ++total;
-    // Within one document of b.
-    EXPECT_LE(std::abs(static_cast<double>(upper) - 0.75 * static_cast<double>(total)), 300) << total;
+    // Within one piece of each.
+    EXPECT_LE(std::abs(static_cast<double>(upper) - 0.75 * static_cast<double>(total)), 100) << total;
   }
 }
 
@@ -370,7 +463,7 @@ TEST_F(Data, HeldOutDocumentsAreNeverTrainedOn) {
     std::set<int64_t> training, validation;
     Loader loader(dataset, 10);
     for (const Row& row : loader.next_rows(40)) training.insert(row.ids.begin(), row.ids.end());
-    for (int64_t i = 0; i < held_out; ++i) validation.insert('A' + dataset->document(0, Split::kValidation, 0, i));
+    for (int64_t i = 0; i < held_out; ++i) validation.insert('A' + dataset->held_out_document(0, i));
     EXPECT_EQ(static_cast<int64_t>(validation.size()), held_out);
     EXPECT_EQ(static_cast<int64_t>(training.size()), 12 - held_out);
     for (const int64_t id : validation) EXPECT_EQ(training.count(id), 0u);
@@ -411,8 +504,7 @@ TEST_F(Data, DataThatDoNotServeAreNamed) {
   Loader small(Dataset::open(config, 98), 2);
   EXPECT_EQ(message([&] { small.next_rows(2); }), fmt::format("bytes '{0}': token 98 at position 1 of {0} must be in [0, 98)", one));
   put_files("empty", {0, 0, 0});
-  Loader empty(bytes("empty"), 2);
-  EXPECT_EQ(message([&] { empty.next_rows(1); }), fmt::format("bytes '{}': all 3 documents for training are empty", at("empty/*.txt")));
+  EXPECT_EQ(message([&] { Loader(bytes("empty"), 2); }), fmt::format("bytes '{}': all 3 documents for training are empty", at("empty/*.txt")));
   EXPECT_EQ(message([&] { validation_rows(bytes("empty", 0.5), 2, 10); }),
             fmt::format("bytes '{}': all documents held out for validation are empty", at("empty/*.txt")));
   config.validation_fraction = 0.1;
@@ -449,11 +541,19 @@ TEST_F(Data, APositionInOtherDataIsRefused) {
   EXPECT_NE(Dataset::open(mixture, 256)->hash(), dataset->hash());
 }
 
+TEST_F(Data, APositionAtAnotherSeqLenIsRefused) {
+  put_files("a", {5, 3});
+  Loader two(bytes("a"), 2), four(bytes("a"), 4);
+  EXPECT_EQ(message([&] { four.restore(two.state()); }), "data position: training.seq_len was 2, now 4");
+  EXPECT_NE(two.hash(), four.hash());
+}
+
 TEST_F(Data, ADamagedPositionIsRefused) {
   put_files("a", {5, 3});
   const auto dataset = bytes("a");
   Loader loader(dataset, 2);
-  loader.next_rows(1);
+  do loader.next_rows(1);
+  while (loader.state()["current"] != 0);  // until a row cuts a piece
   const auto refusal = [&](const std::function<void(nlohmann::json&)>& damage) {
     nlohmann::json state = loader.state();
     damage(state);
@@ -467,8 +567,10 @@ TEST_F(Data, ADamagedPositionIsRefused) {
   EXPECT_EQ(refusal([](json& s) { s["sources"][0] = 1; }), "data position: has no 'documents'");
   EXPECT_EQ(refusal([](json& s) { s["sources"][0].erase("hash"); }), "data position: source 0 has no text 'hash'");
   EXPECT_EQ(refusal([](json& s) { s["current"] = 1; }), "data position: current must be an integer in [-1, 0], got 1");
-  EXPECT_EQ(refusal([](json& s) { s["sources"][0]["ordinal"] = 3; }), "data position: ordinal must be an integer in [0, 2], got 3");
-  EXPECT_EQ(refusal([](json& s) { s["sources"][0]["ordinal"] = 2; }), "data position: ordinal must be an integer in [0, 1], got 2");
+  // Five pieces: of 2, 2, 1 tokens and of 2, 1.
+  EXPECT_EQ(refusal([](json& s) { s["sources"][0]["ordinal"] = 6; }), "data position: ordinal must be an integer in [0, 5], got 6");
+  EXPECT_EQ(refusal([](json& s) { s["sources"][0]["ordinal"] = 5; }), "data position: ordinal must be an integer in [0, 4], got 5");
+  EXPECT_EQ(refusal([](json& s) { s["offset"] = 2; }), "data position: offset must be an integer in [1, 1], got 2");
   EXPECT_EQ(refusal([](json& s) { s["sources"][0]["epoch"] = 1.5; }), "data position: epoch must be an integer in [0, 9223372036854775806], got 1.5");
   EXPECT_EQ(refusal([](json& s) { s["offset"] = UINT64_MAX; }).substr(0, 40), "data position: offset must be an integer");
 }
