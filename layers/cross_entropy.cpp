@@ -5,7 +5,6 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/exp.h>
 #include <ATen/ops/logsumexp.h>
-#include <ATen/ops/mm.h>
 #include <ATen/ops/nonzero.h>
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros.h>
@@ -18,6 +17,7 @@
 #include <limits>
 
 #include "layers/vector_math.hpp"
+#include "layers/matmul.hpp"
 #include "tessera/error.hpp"
 
 namespace tessera {
@@ -103,17 +103,17 @@ Result run(const at::Tensor& h_nd, const at::Tensor& w_vd, const at::Tensor& tar
     const auto n = std::min(chunk, N - row);
     const auto h_cd = h_nd.narrow(0, row, n);
     auto logits_cv = buffer_cv.narrow(0, 0, n);
-    at::mm_out(logits_cv, h_cd, w_vd.t());
+    product_into(logits_cv, h_cd, w_vd.t());
     softmax_chunk(logits_cv, targets_n.narrow(0, row, n), out.loss_n.narrow(0, row, n), want_dh || want_dw);
     if (want_dh) {
       auto dh_cd = out.dh_nd.narrow(0, row, n);
-      at::mm_out(dh_cd, logits_cv, w_vd);
+      product_into(dh_cd, logits_cv, w_vd);
     }
     if (!want_dw) continue;
     // A single chunk's product needs no wider sum.
-    if (!out.dw_vd.defined()) out.dw_vd = at::mm(logits_cv.t(), h_cd);
+    if (!out.dw_vd.defined()) out.dw_vd = product(logits_cv.t(), h_cd);
     else if (w_vd.scalar_type() == acc) out.dw_vd.addmm_(logits_cv.t(), h_cd);
-    else out.dw_vd = out.dw_vd.to(acc).add_(at::mm(logits_cv.t(), h_cd));
+    else out.dw_vd = out.dw_vd.to(acc).add_(product(logits_cv.t(), h_cd));
   }
   if (want_dw && !out.dw_vd.defined()) out.dw_vd = at::zeros(w_vd.sizes(), w_vd.options());
   return out;

@@ -1,14 +1,15 @@
 #include "layers/linear.hpp"
 
+#include <ATen/ops/add.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/linear.h>
-#include <ATen/ops/mm.h>
 #include <fmt/format.h>
 #include <fmt/ranges.h>
 #include <torch/csrc/autograd/custom_function.h>
 
 #include <numeric>
 
+#include "layers/matmul.hpp"
 #include "tessera/error.hpp"
 
 namespace tessera {
@@ -18,6 +19,23 @@ std::string shape(const at::Tensor& t) { return fmt::format("[{}]", fmt::join(t.
 
 [[noreturn]] void fail(const char* op, const std::string& what) { throw Error(ExitCode::kRuntime, fmt::format("[{}] {}", op, what)); }
 
+// at::linear with its products through product().
+struct Linear : torch::autograd::Function<Linear> {
+  static at::Tensor forward(torch::autograd::AutogradContext* ctx, const at::Tensor& x_nd, const at::Tensor& w_od) {
+    ctx->save_for_backward({x_nd, w_od});
+    return product(x_nd, w_od.t());
+  }
+
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx, torch::autograd::variable_list grads) {
+    const auto saved = ctx->get_saved_variables();
+    const auto dy_no = grads[0].contiguous();
+    at::Tensor dx_nd, dw_od;
+    if (ctx->needs_input_grad(0)) dx_nd = product(dy_no, saved[1]);
+    if (ctx->needs_input_grad(1)) dw_od = product(dy_no.t(), saved[0]);
+    return {dx_nd, dw_od};
+  }
+};
+
 // One matrix product an expert into slices of one output. The loop is what a grouped kernel does on a CPU as well.
 struct GroupedLinear : torch::autograd::Function<GroupedLinear> {
   static at::Tensor forward(torch::autograd::AutogradContext* ctx, const at::Tensor& x_md, const at::Tensor& w_eod,
@@ -26,7 +44,7 @@ struct GroupedLinear : torch::autograd::Function<GroupedLinear> {
     for (int64_t e = 0, row = 0; e < w_eod.size(0); row += counts[e], ++e) {
       if (counts[e] == 0) continue;
       auto out = y_mo.narrow(0, row, counts[e]);
-      at::mm_out(out, x_md.narrow(0, row, counts[e]), w_eod.select(0, e).t());
+      product_into(out, x_md.narrow(0, row, counts[e]), w_eod.select(0, e).t());
     }
     ctx->save_for_backward({x_md, w_eod});
     ctx->saved_data["counts"] = counts;
@@ -49,11 +67,11 @@ struct GroupedLinear : torch::autograd::Function<GroupedLinear> {
       const auto dy = dy_mo.narrow(0, row, counts[e]);
       if (dx_md.defined()) {
         auto out = dx_md.narrow(0, row, counts[e]);
-        at::mm_out(out, dy, w_eod.select(0, e));
+        product_into(out, dy, w_eod.select(0, e));
       }
       if (dw_eod.defined()) {
         auto out = dw_eod.select(0, e);
-        at::mm_out(out, dy.t(), x_md.narrow(0, row, counts[e]));
+        product_into(out, dy.t(), x_md.narrow(0, row, counts[e]));
       }
     }
     return {dx_md, dw_eod, {}};
@@ -65,10 +83,11 @@ struct GroupedLinear : torch::autograd::Function<GroupedLinear> {
 at::Tensor linear(const at::Tensor& x_nd, const at::Tensor& w_od, const at::Tensor& bias_o) {
   if (x_nd.dim() != 2 || w_od.dim() != 2 || x_nd.size(1) != w_od.size(1))
     fail("linear", fmt::format("x [N, D] and weight [O, D] must share D, got x {} and weight {}", shape(x_nd), shape(w_od)));
-  if (!bias_o.defined()) return at::linear(x_nd.to(w_od.scalar_type()), w_od);
-  if (bias_o.dim() != 1 || bias_o.size(0) != w_od.size(0))
+  if (bias_o.defined() && (bias_o.dim() != 1 || bias_o.size(0) != w_od.size(0)))
     fail("linear", fmt::format("bias must be [O] for weight [O, D], got bias {} and weight {}", shape(bias_o), shape(w_od)));
-  return at::linear(x_nd.to(w_od.scalar_type()), w_od, bias_o.to(w_od.scalar_type()));
+  const at::Tensor x = x_nd.to(w_od.scalar_type());
+  const at::Tensor y_no = x.is_cpu() && x.scalar_type() == at::kFloat ? Linear::apply(x.contiguous(), w_od) : at::linear(x, w_od);
+  return bias_o.defined() ? at::add(y_no, bias_o.to(y_no.scalar_type())) : y_no;
 }
 
 at::Tensor linear(Context&, const at::Tensor& x_nd, const Weight& w_od, const Weight& bias_o) {

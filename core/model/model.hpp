@@ -60,7 +60,8 @@ class Model {
   Model(const ModelPlan& plan, Store& store, std::vector<std::string> recompute = {});
   ~Model();
 
-  // Training (grad mode on): the loss whose backward pass fills the store's gradients. Evaluation: the same sums without statistics.
+  // Training (grad mode on): the loss whose backward pass fills the store's gradients; `batch` must outlive that pass, which recomputes from it.
+  // Evaluation: the same sums without statistics.
   LossResult loss(const Batch& batch, const Denominators& over, bool training);
 
   // Hidden states after the final norm [N, D], compute dtype. With `state`, spans continue from it and it is advanced.

@@ -3,6 +3,7 @@
 #include <ATen/Context.h>
 #include <ATen/Parallel.h>
 #include <fmt/format.h>
+#include <malloc.h>
 
 #include <thread>
 
@@ -26,6 +27,9 @@ at::ScalarType choose_dtype(const std::string& dtype, at::Device device) {
 void apply_runtime(const TrainingConfig& training) {
   const auto cores = static_cast<int64_t>(std::thread::hardware_concurrency());
   at::set_num_threads(static_cast<int>(training.num_threads > 0 ? training.num_threads : std::max<int64_t>(cores, 1)));
+  // Activations of one step are freed and asked for again in the next: kept by the process, their pages are not cleared each time.
+  mallopt(M_MMAP_THRESHOLD, 32 << 20);
+  mallopt(M_TRIM_THRESHOLD, 1 << 30);
   at::globalContext().setDeterministicAlgorithms(training.deterministic, false);
   at::globalContext().setDeterministicFillUninitializedMemory(false);
   if (training.deterministic) setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8", 0);

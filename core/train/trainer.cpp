@@ -98,6 +98,7 @@ class Run {
     } else {
       const OpenCheckpoint from = open_checkpoint(c.initial_load_path);
       report = load_weights(from.model, *store_, c.initial_load_partial, c.initial_load_map);
+      if (!c.initial_load_partial) hf_ = from.state.hf;
     }
     say(fmt::format("warm start from {}: {} tensors loaded, {} left at their initial values, {} of the file not used", c.initial_load_path, report.loaded,
                     report.missing.size() + report.misshapen.size(), report.unexpected.size()));
