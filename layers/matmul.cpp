@@ -4,6 +4,7 @@
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
+#include <ATen/ops/zeros.h>
 
 // Exported by libtorch_cpu, declared in no installed header: out = beta * out + alpha * mat1 @ mat2.
 namespace at::native {
@@ -17,13 +18,14 @@ namespace {
 // Below this many multiply-adds the call's overhead outweighs the kernel.
 constexpr int64_t kSmall = int64_t{1} << 20;
 // oneDNN compiles a kernel for every shape and keeps a thousand of them. Rows and inner sizes that follow the data (an expert's tokens, valid
-// targets) go to it in multiples of this, so that they make few shapes; MKL takes the rest.
+// targets) go to it in multiples of this, the rest padded with zeros to one such step, so that they make few shapes.
 constexpr int64_t kStep = 64;
 
-bool mkl_is_slow() {
+// oneDNN takes bf16 anyway; fp32 goes to MKL unless that is slow here.
+bool fp32_by_onednn() {
 #if defined(__x86_64__)
-  static const bool slow = AT_MKL_ENABLED() && AT_MKLDNN_ENABLED() && !__builtin_cpu_is("intel") && __builtin_cpu_supports("avx2");
-  return slow;
+  static const bool yes = AT_MKL_ENABLED() && AT_MKLDNN_ENABLED() && !__builtin_cpu_is("intel") && __builtin_cpu_supports("avx2");
+  return yes;
 #else
   return false;
 #endif
@@ -31,24 +33,39 @@ bool mkl_is_slow() {
 
 bool row_or_column_major(const at::Tensor& t) { return (t.stride(1) == 1 && t.stride(0) >= t.size(1)) || (t.stride(0) == 1 && t.stride(1) >= t.size(0)); }
 
+void onednn(at::Tensor& out_mn, const at::Tensor& a_mk, const at::Tensor& b_kn, bool add) {
+  if (a_mk.scalar_type() == at::kFloat) at::native::mkldnn_matmul(a_mk, b_kn, out_mn, add ? 1.f : 0.f, 1.f);
+  else if (add) at::addmm_out(out_mn, out_mn, a_mk, b_kn);
+  else at::mm_out(out_mn, a_mk, b_kn);
+}
+
 }  // namespace
 
 void product_into(at::Tensor& out_mn, const at::Tensor& a_mk, const at::Tensor& b_kn) {
-  const int64_t rows = a_mk.size(0), inner = a_mk.size(1);
-  const bool onednn = a_mk.scalar_type() == at::kFloat && b_kn.scalar_type() == at::kFloat && a_mk.is_cpu() && rows >= kStep && inner >= kStep &&
-                      rows * inner * b_kn.size(1) >= kSmall && out_mn.is_contiguous() && row_or_column_major(a_mk) && row_or_column_major(b_kn) && mkl_is_slow();
-  if (!onednn) {
+  const int64_t rows = a_mk.size(0), inner = a_mk.size(1), columns = b_kn.size(1);
+  const bool stepped = a_mk.is_cpu() && a_mk.scalar_type() == b_kn.scalar_type() && out_mn.scalar_type() == a_mk.scalar_type() &&
+                       (a_mk.scalar_type() == at::kBFloat16 || (a_mk.scalar_type() == at::kFloat && fp32_by_onednn())) && rows >= kStep && inner >= kStep &&
+                       rows * inner * columns >= kSmall && out_mn.is_contiguous() && row_or_column_major(a_mk) && row_or_column_major(b_kn);
+  if (!stepped) {
     at::mm_out(out_mn, a_mk, b_kn);
     return;
   }
-  const int64_t whole_rows = rows / kStep * kStep, whole_inner = inner / kStep * kStep;
+  const int64_t whole_rows = rows / kStep * kStep, whole_inner = inner / kStep * kStep, more_rows = rows - whole_rows, more_inner = inner - whole_inner;
   at::Tensor top = out_mn.narrow(0, 0, whole_rows);
-  at::native::mkldnn_matmul(a_mk.narrow(0, 0, whole_rows).narrow(1, 0, whole_inner), b_kn.narrow(0, 0, whole_inner), top, 0.f, 1.f);
-  if (whole_inner < inner)
-    at::addmm_out(top, top, a_mk.narrow(0, 0, whole_rows).narrow(1, whole_inner, inner - whole_inner), b_kn.narrow(0, whole_inner, inner - whole_inner));
-  if (whole_rows < rows) {
-    at::Tensor bottom = out_mn.narrow(0, whole_rows, rows - whole_rows);
-    at::mm_out(bottom, a_mk.narrow(0, whole_rows, rows - whole_rows), b_kn);
+  const at::Tensor a_top = a_mk.narrow(0, 0, whole_rows);
+  onednn(top, a_top.narrow(1, 0, whole_inner), b_kn.narrow(0, 0, whole_inner), false);
+  if (more_inner) {
+    const at::Tensor a_pad = at::zeros({kStep, whole_rows}, a_mk.options()), b_pad = at::zeros({kStep, columns}, b_kn.options());
+    a_pad.narrow(0, 0, more_inner).copy_(a_top.narrow(1, whole_inner, more_inner).t());
+    b_pad.narrow(0, 0, more_inner).copy_(b_kn.narrow(0, whole_inner, more_inner));
+    onednn(top, a_pad.t(), b_pad, true);
+  }
+  if (more_rows) {
+    const at::Tensor a_pad = at::zeros({kStep, inner}, a_mk.options());
+    a_pad.narrow(0, 0, more_rows).copy_(a_mk.narrow(0, whole_rows, more_rows));
+    at::Tensor bottom = at::empty({kStep, columns}, out_mn.options());
+    onednn(bottom, a_pad, b_kn, false);
+    out_mn.narrow(0, whole_rows, more_rows).copy_(bottom.narrow(0, 0, more_rows));
   }
 }
 

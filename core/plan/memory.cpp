@@ -26,22 +26,24 @@ MemoryPlan plan_memory(const ModelPlan& plan, const Config& config, const Mesh& 
   double elements = 0, copied = 0, buffers = 0;
   // The stage with most parameters decides; the stem lies on the first and last and is counted with every stage.
   std::vector<double> by_stage(static_cast<size_t>(std::max<int64_t>(plan.pattern.num_stages, 1)), 0.0), copied_by_stage = by_stage;
+  // Flat buffers are sharded over the data ranks that hold the same slice; experts have fewer of those, being cut over ep first.
+  const double dense_ranks = static_cast<double>(mesh.dp_shard), expert_ranks = static_cast<double>(mesh.dp_shard * mesh.cp * mesh.tp / (mesh.ep * mesh.etp));
   for (const TensorRow& row : tensor_rows(plan)) {
     if (row.buffer) {
       buffers += static_cast<double>(num_elements(row.buffer->shape));
       continue;
     }
-    const double n = local_elements(*row.param, mesh), copy = row.param->fp32 ? 0 : n;
+    const bool expert = std::any_of(row.param->shards.begin(), row.param->shards.end(), [](const Shard& shard) { return shard.axis != Axis::kTensor; });
+    const double n = local_elements(*row.param, mesh) / std::max(1.0, expert ? expert_ranks : dense_ranks), copy = row.param->fp32 ? 0 : n;
     if (row.layer && !row.name.starts_with("heads.") && mesh.pp > 1) by_stage[static_cast<size_t>(row.layer->stage)] += n, copied_by_stage[static_cast<size_t>(row.layer->stage)] += copy;
     else elements += n, copied += copy;
   }
   elements += *std::max_element(by_stage.begin(), by_stage.end());
   copied += *std::max_element(copied_by_stage.begin(), copied_by_stage.end());
-  const double shard = static_cast<double>(mesh.dp_shard);
-  memory.parameters = 4 * (elements / shard + buffers);
-  memory.gradients = 4 * elements / shard;
-  memory.optimizer = 8 * elements / shard;
-  memory.compute = bf16 ? 2 * copied / shard : 0;
+  memory.parameters = 4 * (elements + buffers);
+  memory.gradients = 4 * elements;
+  memory.optimizer = 8 * elements;
+  memory.compute = bf16 ? 2 * copied : 0;
 
   const Documents documents{{.length = config.training.seq_len, .count = config.training.local_batch_size}};
   const double n = static_cast<double>(num_tokens(documents)), d = static_cast<double>(plan.env.hidden_size);
