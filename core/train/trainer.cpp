@@ -52,7 +52,11 @@ class Run {
     if (open_folder()) return 0;
     apply_runtime(config_.training);
     device_ = choose_device(config_.training.device);
+    // What `auto` measured once holds for the whole run: a resumed curve is the uninterrupted one.
+    if (resume_from_ && config_.training.dtype == "auto") config_.training.dtype = checkpoint_config(*resume_from_, {}, registry_).training.dtype;
     dtype_ = choose_dtype(config_.training.dtype, device_);
+    config_.training.dtype = dtype_name(dtype_);
+    write_file(folder_ / "config.toml", to_toml(config_));
     plan_ = make_plan(config_);
     store_ = std::make_unique<Store>(plan_, device_, dtype_, config_.training.freeze);
     optimizer_ = std::make_unique<Optimizer>(*store_, config_.optimizer);
@@ -83,7 +87,6 @@ class Run {
       }
     }
     make_folder(checkpoints_);
-    write_file(folder_ / "config.toml", to_toml(config_));
     return false;
   }
 
@@ -247,7 +250,7 @@ class Run {
     if (!options_.quiet) std::cerr << text << std::endl;
   }
 
-  const Config& config_;
+  Config config_;
   const Registry& registry_;
   TrainOptions options_;
   fs::path folder_, checkpoints_;
