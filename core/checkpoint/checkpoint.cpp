@@ -68,7 +68,7 @@ void save_checkpoint_files(const fs::path& folder, const Config& config, const R
     for (const auto& entry : fs::directory_iterator(aside))
       files[entry.path().filename().string()] = {{"bytes", entry.file_size()}, {"crc32", crc_of(entry.path())}};
     const json document{{"format", kFormat}, {"step", state.step}, {"tokens", state.tokens}, {"plugins", plugin_versions(config, registry)},
-                        {"data", state.data}, {"hf", state.hf}, {"extra", state.extra}, {"files", files}};
+                        {"data", state.data}, {"hf", state.hf}, {"extra", state.extra}, {"optimizer_steps", state.optimizer_steps}, {"files", files}};
     write_file(aside / "state.json", document.dump(1) + "\n");
     sync_folder(aside);
     rename_into_place(aside, folder);
@@ -80,7 +80,9 @@ void save_checkpoint_files(const fs::path& folder, const Config& config, const R
 
 void save_checkpoint(const fs::path& folder, const Config& config, const Registry& registry, Store& store, Optimizer* optimizer, const CheckpointState& state) {
   at::NoGradGuard no_grad;
-  save_checkpoint_files(folder, config, registry, state, [&](const fs::path& aside) {
+  CheckpointState whole = state;
+  whole.optimizer_steps = optimizer ? optimizer->steps_taken() : 0;
+  save_checkpoint_files(folder, config, registry, whole, [&](const fs::path& aside) {
     const auto rows = tensor_rows(store.plan());
     std::vector<TensorSpec> specs;
     for (const TensorRow& row : rows) specs.push_back({.name = row.name, .dtype = at::kFloat, .shape = row.shape()});
@@ -152,6 +154,7 @@ OpenCheckpoint open_checkpoint(const fs::path& given, bool verify) {
     state.data = document.at("data");
     state.hf = document.at("hf");
     state.extra = document.at("extra");
+    state.optimizer_steps = document.value("optimizer_steps", state.step);
     for (const auto& [name, facts] : document.at("files").items()) {
       const fs::path path = folder / fs::path(name).filename();
       if (!fs::is_regular_file(path)) throw Error(ExitCode::kRuntime, fmt::format("{}: missing from the checkpoint", path.string()));
@@ -236,7 +239,7 @@ void load_optimizer(const OpenCheckpoint& checkpoint, Store& store, Optimizer& o
         throw Error(ExitCode::kRuntime, fmt::format("{}: {} is {}", checkpoint.optimizer->path().string(), name, entry ? "misshapen" : "missing"));
       optimizer.moment(slot, row.name).copy_(checkpoint.optimizer->tensor(name));
     }
-  optimizer.set_steps_taken(checkpoint.state.step);
+  optimizer.set_steps_taken(checkpoint.state.optimizer_steps);
 }
 
 }  // namespace tessera

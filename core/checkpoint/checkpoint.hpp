@@ -18,11 +18,12 @@ namespace tessera {
 
 // What a checkpoint holds beside its tensors. Written as state.json, which also records every file's size and CRC-32.
 struct CheckpointState {
-  int64_t step = 0;        // optimizer steps taken
+  int64_t step = 0;        // steps of the run
   int64_t tokens = 0;      // tokens trained on
   nlohmann::json data;     // position and hash of the data, as the loader gives it
   nlohmann::json hf;       // what an import kept of HF's config.json; null when there was none
   nlohmann::json extra;    // anything else that a resumed run needs
+  int64_t optimizer_steps = 0;  // steps that the optimizer took, those skipped left out; a save takes it from the optimizer
 };
 
 // A checkpoint on disk whose files are complete and undamaged (sizes always, checksums when `verify`).

@@ -116,7 +116,8 @@ void Store::initialise(int64_t seed) {
 Weights Store::gather(const std::string& prefix) {
   Weights weights;
   for (FlatGroup* group : units_.at(prefix)) {
-    if (compute_dtype_ != at::kFloat && !group->fp32 && group->stale) {
+    // fp32 rows are those that no training dtype may narrow; fp64 is wider, and tests differentiate in it.
+    if (group->stale && (compute_dtype_ == at::kDouble || (compute_dtype_ != at::kFloat && !group->fp32))) {
       at::NoGradGuard no_grad;
       if (group->compute.defined()) group->compute.copy_(group->data);
       else group->compute = group->data.detach().to(compute_dtype_);

@@ -99,7 +99,7 @@ std::string diagnose_nonfinite(Model& model, const std::vector<Batch>& micro_bat
       std::string unit = stem ? group.slots.back().name : group.unit.substr(0, group.unit.size() - 1);
       if (place.empty() || !stem) place = unit;
     }
-  return place.empty() ? "no single layer: the sum over micro-batches overflows" : place + ", backward";
+  return place.empty() ? "no single layer: every gradient is finite, but their norm overflows" : place + ", backward";
 }
 
 }  // namespace tessera
