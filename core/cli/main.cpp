@@ -1,5 +1,7 @@
 // The command: parses the line, runs the verb, turns errors into text and exit codes.
 #include <c10/util/Exception.h>
+#include <fmt/format.h>
+#include <fmt/ranges.h>
 
 #include <cstdio>
 #include <iostream>
@@ -9,8 +11,15 @@
 
 namespace {
 
-int usage(const CLI::App& app, const CLI::ParseError& error) {
+int usage(const CLI::App& app, const CLI::ParseError& error, const std::string& first) {
   if (error.get_exit_code() == 0) return app.exit(error);  // --help, --version
+  if (!first.empty() && first[0] != '-' && app.get_subcommands().empty()) {
+    std::vector<std::string> verbs;
+    for (const CLI::App* verb : app.get_subcommands([](const CLI::App*) { return true; })) verbs.push_back(verb->get_name());
+    const std::string near = tessera::nearest(first, verbs);
+    std::cerr << "error: no verb '" << first << "'\nhelp: " << (near.empty() ? "" : "did you mean '" + near + "'? ") << "verbs: " << fmt::format("{}", fmt::join(verbs, ", ")) << "\n";
+    return static_cast<int>(tessera::ExitCode::kUsage);
+  }
   std::cerr << "error: " << error.what() << "\nhelp: tessera --help lists the verbs, tessera VERB --help their options\n";
   return static_cast<int>(tessera::ExitCode::kUsage);
 }
@@ -29,7 +38,7 @@ int main(int argc, char** argv) {
     app.parse(argc, argv);
     return run();
   } catch (const CLI::ParseError& error) {
-    return usage(app, error);
+    return usage(app, error, argc > 1 ? argv[1] : "");
   } catch (const Error& error) {
     std::cerr << error.what() << std::endl;
     return static_cast<int>(error.code());

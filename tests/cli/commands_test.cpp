@@ -1,0 +1,205 @@
+// The other verbs on a tiny run: generate, eval, plan, bench, plugins, describe; usage errors and exit codes.
+#include <gtest/gtest.h>
+
+#include <cmath>
+
+#include "tests/support/tiny_run.hpp"
+
+namespace tessera {
+namespace {
+
+namespace fs = std::filesystem;
+using nlohmann::json;
+
+class Commands : public TinyRunTest {
+ protected:
+  // stdout is exactly one JSON document.
+  static json document(const Finished& done) {
+    EXPECT_EQ(done.code, 0) << done.err;
+    json parsed = json::parse(done.out, nullptr, false);
+    EXPECT_FALSE(parsed.is_discarded()) << done.out;
+    return parsed;
+  }
+  void expect_usage(const std::vector<std::string>& words, const std::string& text) const {
+    const Finished done = tessera(words);
+    EXPECT_EQ(done.code, 2) << fmt::format("{}", fmt::join(words, " "));
+    EXPECT_EQ(done.err.substr(0, text.size()), text);
+    EXPECT_EQ(done.out, "");
+  }
+};
+
+TEST_F(Commands, MistakesOfTheCommandLineEndWithTwo) {
+  expect_usage({}, "error: A subcommand is required\nhelp: ");
+  expect_usage({"trian", "tiny.toml"}, "error: no verb 'trian'\nhelp: did you mean 'train'? ");
+  expect_usage({"train"}, "error: CONFIG is required\n");
+  expect_usage({"train", "tiny.toml", "--fast"}, "error: The following argument was not expected: --fast\n");
+  expect_usage({"train", "none.toml"}, "none.toml: error: ");
+  expect_usage({"train", "tiny.toml", "--set", "training.sed=1"}, "--set training.sed=1: error: training.sed: unknown key\nhelp: did you mean 'seed'? ");
+  expect_usage({"plan", "tiny.toml", "--mesh", "tq=2"}, "error: --mesh: \"tq=2\" must be AXIS=DEGREE\nhelp: axes: pp, dp_replicate, dp_shard, cp, tp, ep, etp\n");
+  expect_usage({"plan", "tiny.toml", "--mesh", "tp=x"}, "error: --mesh: tp must be an integer of at least 1, got \"x\"\n");
+  expect_usage({"plan", "tiny.toml", "--mesh", "tp=2,ep=4"}, "error: --mesh: ep x etp = 4 must divide dp_shard x cp x tp = 2\n");
+  expect_usage({"describe"}, "error: describe: give a TYPE or --markdown FOLDER\n");
+  expect_usage({"describe", "mamba3"}, "error: no block, head or table \"mamba3\"\nhelp: did you mean 'mamba2'? ");
+}
+
+TEST_F(Commands, HelpAndVersionEndWithZero) {
+  for (const std::vector<std::string>& words : std::vector<std::vector<std::string>>{{"--help"}, {"--version"}, {"train", "--help"}}) {
+    const Finished done = tessera(words);
+    EXPECT_EQ(done.code, 0);
+    EXPECT_NE(done.out, "");
+    EXPECT_EQ(done.err, "");
+  }
+}
+
+TEST_F(Commands, PluginsThatCannotBeLoadedEndWithThree) {
+  put_file(folder_ / "bad/broken.so", "no shared object");
+  const Finished done = tessera({"plan", "tiny.toml"}, {"plugins.paths=[\"bad\"]"});
+  EXPECT_EQ(done.code, 3);
+  EXPECT_EQ(done.err.substr(0, 7), "error: ") << done.err;
+  EXPECT_NE(done.err.find("bad/broken.so"), std::string::npos) << done.err;
+}
+
+TEST_F(Commands, PluginsAndDescribe) {
+  const Finished plugins = tessera({"plugins"});
+  EXPECT_EQ(plugins.code, 0) << plugins.err;
+  for (const char* type : {"gqa", "latent_moe", "mamba2", "mlp", "moe", "mtp"}) {
+    EXPECT_NE(plugins.out.find(std::string(type) + " "), std::string::npos) << type;
+    EXPECT_NE(plugins.out.find(fmt::format("plugins/{}.so\n", type)), std::string::npos) << type;
+  }
+  for (const auto& [type, first_line] : {std::pair{"mamba2", "block mamba2, version 1\n"}, {"mtp", "head mtp, version 1\n"}}) {
+    const Finished described = tessera({"describe", type});
+    EXPECT_EQ(described.code, 0) << described.err;
+    EXPECT_EQ(described.out.find(first_line), 0u) << described.out;
+  }
+  const Finished table = tessera({"describe", "training"});
+  EXPECT_EQ(table.code, 0) << table.err;
+  EXPECT_NE(table.out.find("local_batch_size"), std::string::npos);
+}
+
+TEST_F(Commands, PlanIsOneDocumentAndAllocatesNothing) {
+  const json plan = document(tessera({"plan", "tiny.toml", "--json"}));
+  EXPECT_EQ(plan.at("pattern"), "M*O/E");
+  EXPECT_EQ(plan.at("legend"), (json{{"M", "mamba2"}, {"*", "gqa"}, {"O", "moe"}, {"E", "mlp"}}));
+  ASSERT_EQ(plan.at("layers").size(), 3u);
+  EXPECT_EQ(plan.at("head_layers").size(), 1u);
+  int64_t elements = 0, tensors = 0;
+  for (const char* layers : {"layers", "head_layers"})
+    for (const json& layer : plan.at(layers)) elements += layer.at("elements").get<int64_t>(), tensors += static_cast<int64_t>(layer.at("params").size());
+  // Beside the layers: embedding, lm_head, final norm; eh_proj and three norms of the head.
+  EXPECT_EQ(plan.at("totals").at("elements").get<int64_t>(), elements + 2 * 256 * 32 + 32 + 2 * 32 * 32 + 3 * 32);
+  EXPECT_TRUE(plan.at("totals").at("tensors").is_number_integer());
+  EXPECT_EQ(plan.at("ranks"), 1);
+  for (const char* key : {"parameters", "gradients", "optimizer", "compute_copies", "activations", "total"}) EXPECT_TRUE(plan.at("memory_per_rank").at(key).is_number()) << key;
+  EXPECT_EQ(plan.at("flops_per_token").at("mlp").at("matmul"), 4.0 * 32 * 32);
+  // A model of terabytes is planned in this process.
+  const json huge = document(tessera({"plan", "tiny.toml", "--json"}, {"model.vocab_size=1000000000", "model.hidden_size=1000000", "training.seq_len=16"}));
+  EXPECT_GT(huge.at("totals").at("elements").get<int64_t>(), int64_t{2'000'000'000'000'000});
+}
+
+TEST_F(Commands, PlanOnAMeshGivesLocalShapesAndSmallerRanks) {
+  const json one = document(tessera({"plan", "tiny.toml", "--json"})), two = document(tessera({"plan", "tiny.toml", "--json", "--mesh", "dp_shard=2,tp=2,ep=2"}));
+  EXPECT_EQ(two.at("ranks"), 4);
+  EXPECT_LT(two.at("memory_per_rank").at("parameters").get<double>(), one.at("memory_per_rank").at("parameters").get<double>());
+  EXPECT_EQ(two.at("totals"), one.at("totals"));
+  for (const json& param : two.at("layers")[1].at("params"))
+    if (param.at("name") == "layers.1.q_proj.weight") {
+      EXPECT_EQ(param.at("local_shape"), (json{8, 32}));
+    }
+}
+
+TEST_F(Commands, PlanNamesEveryBrokenRuleOfAMesh) {
+  const Finished done = tessera({"plan", "tiny.toml", "--mesh", "tp=3"});
+  EXPECT_EQ(done.code, 2);
+  EXPECT_EQ(done.out, "");
+  EXPECT_NE(done.err.find("blocks.mamba2.num_heads: must be a multiple of the tensor-parallel degree, got 2 % 3 = 2"), std::string::npos) << done.err;
+  EXPECT_NE(done.err.find("up_proj.weight: 32 parts of 1 must divide by tp = 3, got 32 % 3 = 2"), std::string::npos) << done.err;
+}
+
+TEST_F(Commands, BenchIsOneDocument) {
+  const json bench = document(tessera({"bench", "tiny.toml", "--json", "--steps", "1", "--decode-batch", "2", "--decode-context", "8", "--decode-tokens", "4"}));
+  EXPECT_GT(bench.at("train").at("tokens_per_s").get<double>(), 0);
+  EXPECT_GT(bench.at("decode").at("tokens_per_s").get<double>(), 0);
+  EXPECT_GT(bench.at("peak_bytes").get<int64_t>(), 0);
+  const json plan = document(tessera({"plan", "tiny.toml", "--json"}));
+  EXPECT_EQ(bench.at("params"), plan.at("totals").at("trained"));
+  ASSERT_EQ(bench.at("blocks").size(), 3u);
+  for (const json& block : bench.at("blocks"))
+    for (const char* key : {"forward_s", "backward_s", "flops", "flops_per_s", "bytes"}) EXPECT_GT(block.at(key).get<double>(), 0) << block.at("block") << key;
+}
+
+class OnARun : public Commands {
+ protected:
+  void SetUp() override {
+    Commands::SetUp();
+    const Finished done = train("run");
+    ASSERT_EQ(done.code, 0) << done.err;
+  }
+};
+
+TEST_F(OnARun, EvalIsTheValidationLossOfTheRun) {
+  const json eval = document(tessera({"eval", "run", "--json"}));
+  EXPECT_EQ(eval.at("step"), 6);
+  EXPECT_EQ(eval.at("checkpoint"), "run/checkpoints/step-6");
+  EXPECT_EQ(eval.at("loss"), metrics("run").back().at("val_loss"));
+  EXPECT_DOUBLE_EQ(eval.at("perplexity").get<double>(), std::exp(eval.at("loss").get<double>()));
+  int64_t targets = 0;
+  double sum = 0;
+  for (const json& bin : eval.at("by_position")) targets += bin.at("targets").get<int64_t>(), sum += bin.at("targets").get<double>() * bin.at("loss").get<double>();
+  EXPECT_EQ(eval.at("targets"), targets);
+  EXPECT_NEAR(sum / static_cast<double>(targets), eval.at("loss").get<double>(), 1e-9);
+  const Finished text = tessera({"eval", "run/checkpoints/step-6"});
+  EXPECT_EQ(text.code, 0) << text.err;
+  EXPECT_EQ(text.out.find(fmt::format("run/checkpoints/step-6: step 6\nloss {:.4f} nats", eval.at("loss").get<double>())), 0u) << text.out;
+  EXPECT_NE(document(tessera({"eval", "run", "--json", "--tokens", "64"})).at("targets"), targets);
+}
+
+TEST_F(OnARun, GenerateContinuesTextAndIds) {
+  const Finished text = tessera({"generate", "run", "--prompt", "ab", "--max-new-tokens", "7"});
+  EXPECT_EQ(text.code, 0) << text.err;
+  ASSERT_EQ(text.out.size(), 2u + 7 + 1);
+  EXPECT_EQ(text.out.substr(0, 2), "ab");
+  const Finished ids = tessera({"generate", "run", "--prompt-ids", "97,98", "--max-new-tokens", "7"});
+  EXPECT_EQ(ids.code, 0) << ids.err;
+  std::string listed;
+  for (size_t i = 2; i + 1 < text.out.size(); ++i) listed += fmt::format("{}{}", i > 2 ? "," : "", static_cast<unsigned char>(text.out[i]));
+  EXPECT_EQ(ids.out, listed + "\n");
+  const std::vector<std::string> sampled{"generate", "run", "--prompt-ids", "97,98", "--temperature", "2", "--top-p", "0.9", "--max-new-tokens", "12", "--seed"};
+  const auto with_seed = [&](const char* seed) {
+    auto words = sampled;
+    words.push_back(seed);
+    return tessera(words).out;
+  };
+  EXPECT_EQ(with_seed("1"), with_seed("1"));
+  EXPECT_NE(with_seed("1"), with_seed("2"));
+}
+
+TEST_F(OnARun, GenerateRefusesWhatItCannotRead) {
+  expect_usage({"generate", "run"}, "error: generate: give either --prompt or --prompt-ids\n");
+  expect_usage({"generate", "run", "--prompt", "a", "--prompt-ids", "1"}, "error: generate: give either --prompt or --prompt-ids\n");
+  expect_usage({"generate", "run", "--prompt-ids", "1,x"}, "error: --prompt-ids: must be integers separated by commas, got \"x\"\n");
+  expect_usage({"generate", "run", "--prompt-ids", ""}, "error: --prompt-ids: must be integers separated by commas, got \"\"\n");
+  expect_usage({"generate", "run", "--prompt-ids", "1,256"}, "error: prompt 0: token id 256 is outside the vocabulary of 256\n");
+  expect_usage({"generate", "run", "--prompt", "a", "--top-p", "1.5"}, "error: --top-p: ");
+  const Finished none = tessera({"generate", "nowhere", "--prompt", "a"});
+  EXPECT_EQ(none.code, 4);
+  EXPECT_EQ(none.err, "error: nowhere: no such folder\nhelp: name a run's folder or one of its checkpoints/step-N\n");
+}
+
+TEST_F(OnARun, TextNeedsAByteVocabulary) {
+  ASSERT_EQ(train("wide", {"model.vocab_size=300", "training.steps=2"}).code, 0);
+  expect_usage({"generate", "wide", "--prompt", "a"},
+               "error: --prompt: text needs a byte vocabulary of 256 ids, this model has 300\nhelp: give token ids by --prompt-ids 1,2,3\n");
+  EXPECT_EQ(tessera({"generate", "wide", "--prompt-ids", "299", "--max-new-tokens", "1"}).code, 0);
+}
+
+TEST_F(OnARun, SetReachesTheCheckpointsConfiguration) {
+  const Finished wrong = tessera({"eval", "run"}, {"training.dtype=float31"});
+  EXPECT_EQ(wrong.code, 2);
+  EXPECT_NE(wrong.err.find("training.dtype"), std::string::npos) << wrong.err;
+  const json half = document(tessera({"eval", "run", "--json"}, {"training.dtype=bfloat16"}));
+  EXPECT_NE(half.at("loss"), metrics("run").back().at("val_loss"));
+  EXPECT_NEAR(half.at("loss").get<double>(), metrics("run").back().at("val_loss").get<double>(), 0.05);
+}
+
+}  // namespace
+}  // namespace tessera
