@@ -56,7 +56,6 @@ class Run {
     if (resume_from_ && config_.training.dtype == "auto") config_.training.dtype = checkpoint_config(*resume_from_, {}, registry_).training.dtype;
     dtype_ = choose_dtype(config_.training.dtype, device_);
     config_.training.dtype = dtype_name(dtype_);
-    write_file(folder_ / "config.toml", to_toml(config_));
     plan_ = make_plan(config_);
     store_ = std::make_unique<Store>(plan_, device_, dtype_, config_.training.freeze);
     optimizer_ = std::make_unique<Optimizer>(*store_, config_.optimizer);
@@ -65,6 +64,7 @@ class Run {
     model_ = std::make_unique<Model>(plan_, *store_, recompute_bindings(config_.activation_checkpoint));
     if (resume_from_) restore();
     else begin();
+    write_file(folder_ / "config.toml", to_toml(config_));
     if (config_.validation.interval > 0) validation_ = validation_rows(dataset_, config_.training.seq_len, config_.validation.tokens);
     say_hello();
     return loop();

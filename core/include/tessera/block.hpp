@@ -1,8 +1,8 @@
 // The block contract. A block is a class without tensors: pure functions of (config, env) declare what it needs, `forward` wires operators.
 //
-//   class Mlp final : public Block {
+//   class Mixer final : public Block {
 //    public:
-//     static constexpr BlockInfo kInfo{.type = "mlp", .version = 1, ...};
+//     static constexpr BlockInfo kInfo{.type = "mixer", .version = 1, ...};
 //     struct Config { ... };                                             // plain, with defaults
 //     static Schema<Config> schema();                                    // its keys
 //     static void check(const Config&, const Env&, Issues&);             // rules across fields; collects, never throws
@@ -11,11 +11,11 @@
 //     static StateTable state(const Config&, const Env&);                // optional
 //     static Cost cost(const Config&, const Env&, const Documents&);
 //     static HfTable hf();                                               // optional: HF words and keys beyond the schema's
-//     static void after_step(const Config&, BufferView&, const CountView&);  // optional: once an optimizer step
-//     Mlp(const Config&, const Env&);                                    // sizes only
+//     static void after_step(const Config&, Buffers&, const Counts&);        // optional: once an optimizer step
+//     Mixer(const Config&, const Env&);                                  // sizes only
 //     at::Tensor forward(const at::Tensor& x_nd, const Weights& w, Context& ctx) const override;
 //   };
-//   TESSERA_PLUGIN(Mlp)                                                  // tessera/plugin.hpp
+//   TESSERA_PLUGIN(Mixer)                                                // tessera/plugin.hpp
 #pragma once
 #include <ATen/core/Tensor.h>
 
