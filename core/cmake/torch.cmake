@@ -34,4 +34,11 @@ target_include_directories(torch::torch SYSTEM INTERFACE
 target_compile_definitions(torch::torch INTERFACE _GLIBCXX_USE_CXX11_ABI=1 FMT_HEADER_ONLY)
 target_link_libraries(torch::torch INTERFACE torch::torch_cpu torch::c10)
 target_link_options(torch::torch INTERFACE -Wl,--allow-shlib-undefined)
+if(TESSERA_CUDA)
+  if(NOT TARGET torch::torch_cuda)
+    message(FATAL_ERROR "TESSERA_CUDA needs a CUDA build of libtorch: ${TESSERA_TORCH_DIR} has no libtorch_cuda.so")
+  endif()
+  # Nothing calls it by name: it registers the CUDA kernels when it is loaded.
+  target_link_libraries(torch::torch INTERFACE -Wl,--no-as-needed torch::torch_cuda torch::c10_cuda -Wl,--as-needed)
+endif()
 set(CMAKE_BUILD_RPATH ${TESSERA_TORCH_DIR}/lib)

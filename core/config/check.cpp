@@ -71,12 +71,6 @@ void check_schedule(const Config& c, const Known& known, Issues& issues) {
   const double ratio = c.lr_scheduler.decay_ratio;
   if (ratio < 0 && ratio != -1 && !known.has("lr_scheduler.decay_ratio"))
     issues.add("lr_scheduler.decay_ratio", fmt::format("must be in [0, 1], or -1, got {}", ratio));
-  if (known.has("training.steps") || known.has_table("lr_scheduler")) return;
-  if (c.lr_scheduler.warmup_steps > c.training.steps)
-    issues.add("lr_scheduler.warmup_steps", fmt::format("must be at most training.steps, got {} > {}", c.lr_scheduler.warmup_steps, c.training.steps));
-  else if (c.lr_scheduler.decay_type != "constant" && ratio > 0 && c.lr_scheduler.warmup_steps + ratio * c.training.steps > c.training.steps + 1e-6 * c.training.steps)
-    issues.add("lr_scheduler.decay_ratio", fmt::format("warm-up and decay must fit in the run, got {} + {} x {} > {} steps", c.lr_scheduler.warmup_steps, ratio,
-                                                       c.training.steps, c.training.steps));
 }
 
 void check_batch(const TrainingConfig& t, const Mesh& mesh, const Known& known, Issues& issues) {

@@ -73,9 +73,9 @@ Fields optimizer() {
 Fields lr_scheduler() {
   using C = LrSchedulerConfig;
   Schema<C> s;
-  s.field("warmup_steps", &C::warmup_steps, "steps over which the learning rate rises from 0").unit("steps").range(0, kMany);
+  s.field("warmup_steps", &C::warmup_steps, "steps over which the learning rate rises from 0; a shorter run ends inside them").unit("steps").range(0, kMany);
   s.field("decay_type", &C::decay_type, "shape of the decay at the end").choices({"constant", "cosine", "linear", "sqrt"});
-  s.field("decay_ratio", &C::decay_ratio, "share of the steps that decay; -1: all after the warm-up").range(-1, 1);
+  s.field("decay_ratio", &C::decay_ratio, "share of the steps that decay, as far as the warm-up leaves them; -1: all after it").range(-1, 1);
   s.field("min_lr_factor", &C::min_lr_factor, "learning rate at the end, as a share of lr").range(0, 1);
   return s;
 }

@@ -1,5 +1,6 @@
 #include "train/profile.hpp"
 
+#include <ATen/Context.h>
 #include <torch/csrc/autograd/profiler_kineto.h>
 
 namespace tessera {
@@ -10,7 +11,8 @@ namespace implementation = torch::profiler::impl;
 Profile::Profile(bool on, std::filesystem::path file) : on_(on), file_(std::move(file)) {
   if (!on_) return;
   const implementation::ProfilerConfig config(implementation::ProfilerState::KINETO, /*report_input_shapes=*/true);
-  const std::set<implementation::ActivityType> activities{implementation::ActivityType::CPU, implementation::ActivityType::CUDA};
+  std::set<implementation::ActivityType> activities{implementation::ActivityType::CPU};
+  if (at::globalContext().hasCUDA()) activities.insert(implementation::ActivityType::CUDA);
   profiler::prepareProfiler(config, activities);
   profiler::enableProfiler(config, activities);
 }
