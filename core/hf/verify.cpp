@@ -97,7 +97,7 @@ class Verifier {
   Verifier(const Config& config, const Inputs& inputs, const fs::path& folder)
       : config_(config), in_(inputs), plan_(make_plan(config)), device_(choose_device(config.training.device)),
         store_(plan_, device_, choose_dtype(config.training.dtype, device_), config.training.freeze),
-        model_(plan_, store_, recomputed(config)) {
+        model_(plan_, store_, recomputed_bindings(config.activation_checkpoint)) {
     load_hf(folder, plan_, store_);
   }
 
@@ -114,11 +114,6 @@ class Verifier {
   }
 
  private:
-  static std::vector<std::string> recomputed(const Config& config) {
-    if (config.activation_checkpoint.mode == "full") return {"*"};
-    return config.activation_checkpoint.mode == "selective" ? config.activation_checkpoint.block_types : std::vector<std::string>{};
-  }
-
   // Losses and their backward pass over the batch in micro-batches.
   struct Losses {
     double main = 0, total = 0;

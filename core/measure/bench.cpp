@@ -85,8 +85,7 @@ BenchResult bench(const Config& config, const BenchOptions& options) {
   const ModelPlan plan = make_plan(config);
   Store store(plan, device, dtype, config.training.freeze);
   store.initialise(config.training.seed);
-  const auto& recompute = config.activation_checkpoint;
-  Model model(plan, store, recompute.mode == "full" ? std::vector<std::string>{"*"} : recompute.mode == "selective" ? recompute.block_types : std::vector<std::string>{});
+  Model model(plan, store, recomputed_bindings(config.activation_checkpoint));
   Optimizer optimizer(store, config.optimizer);
 
   BenchResult result{.config = config.source, .dtype = dtype_name(dtype), .device = device.str(), .params = totals(plan).trained};

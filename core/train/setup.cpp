@@ -35,6 +35,11 @@ void apply_runtime(const TrainingConfig& training) {
   if (training.deterministic) setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8", 0);
 }
 
+std::vector<std::string> recomputed_bindings(const ActivationCheckpointConfig& config) {
+  if (config.mode == "full") return {"*"};
+  return config.mode == "selective" ? config.block_types : std::vector<std::string>{};
+}
+
 std::string dtype_name(at::ScalarType dtype) { return dtype == at::kBFloat16 ? "bfloat16" : "float32"; }
 
 }  // namespace tessera

@@ -3,6 +3,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <string>
+#include <vector>
 
 #include "config/config.hpp"
 
@@ -14,6 +15,8 @@ at::Device choose_device(const std::string& device);
 at::ScalarType choose_dtype(const std::string& dtype, at::Device device);
 // Threads and deterministic algorithms of this process.
 void apply_runtime(const TrainingConfig& training);
+// The bindings that Model recomputes: none, the named ones, or {"*"} for all.
+std::vector<std::string> recomputed_bindings(const ActivationCheckpointConfig& config);
 // "float32", "bfloat16".
 std::string dtype_name(at::ScalarType dtype);
 

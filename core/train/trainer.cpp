@@ -36,11 +36,6 @@ namespace {
 
 double seconds() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
-std::vector<std::string> recompute_bindings(const ActivationCheckpointConfig& config) {
-  if (config.mode == "full") return {"*"};
-  return config.mode == "selective" ? config.block_types : std::vector<std::string>{};
-}
-
 class Run {
  public:
   Run(const Config& config, const Registry& registry, const TrainOptions& options)
@@ -61,7 +56,7 @@ class Run {
     optimizer_ = std::make_unique<Optimizer>(*store_, config_.optimizer);
     dataset_ = Dataset::open(config_.data, config_.model.vocab_size, {{"libtorch", TESSERA_TORCH_INCLUDE}});
     loader_ = std::make_unique<Loader>(dataset_, config_.training.seq_len);
-    model_ = std::make_unique<Model>(plan_, *store_, recompute_bindings(config_.activation_checkpoint));
+    model_ = std::make_unique<Model>(plan_, *store_, recomputed_bindings(config_.activation_checkpoint));
     if (resume_from_) restore();
     else begin();
     write_file(folder_ / "config.toml", to_toml(config_));
