@@ -8,7 +8,6 @@
 #include <algorithm>
 #include <boost/crc.hpp>
 #include <charconv>
-#include <set>
 
 namespace tessera {
 

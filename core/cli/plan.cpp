@@ -1,7 +1,6 @@
 // tessera plan: what a configuration means, without allocating anything of its size.
 #include "plan/plan.hpp"
 
-#include <fmt/color.h>
 #include <fmt/format.h>
 
 #include <cstdio>
