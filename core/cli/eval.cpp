@@ -5,6 +5,7 @@
 #include <nlohmann/json.hpp>
 
 #include "cli/verbs.hpp"
+#include "plugin/program.hpp"
 #include "train/evaluate.hpp"
 
 namespace tessera {
@@ -26,7 +27,7 @@ void add_eval(CLI::App& app, Run& run) {
     run = [o] {
       const auto runnable = open_runnable(o->checkpoint, o->sets);
       const Config& config = runnable->config;
-      const auto dataset = Dataset::open(config.data, config.model.vocab_size, {{"libtorch", TESSERA_TORCH_INCLUDE}});
+      const auto dataset = Dataset::open(config.data, config.model.vocab_size, {{"libtorch", libtorch_include().string()}});
       const auto rows = validation_rows(dataset, config.training.seq_len, o->tokens ? o->tokens : config.validation.tokens);
       const Evaluation result = evaluate(*runnable->model, rows, config.training.local_batch_size);
       if (o->json) {

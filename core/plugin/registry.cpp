@@ -9,6 +9,8 @@
 #include <dlfcn.h>
 #include <fmt/format.h>
 
+#include "plugin/program.hpp"
+
 namespace tessera {
 
 namespace {
@@ -179,7 +181,7 @@ Registry Registry::of(std::unique_ptr<Manifest> manifest, const fs::path& file) 
 }
 
 std::vector<fs::path> Registry::search_paths(const std::vector<std::string>& extra) {
-  std::vector<fs::path> paths{TESSERA_PLUGIN_DIR};
+  std::vector<fs::path> paths{program_home() / "plugins"};
   paths.insert(paths.end(), extra.begin(), extra.end());
   if (const char* list = std::getenv("TESSERA_PLUGIN_PATH")) {
     std::string_view rest = list;

@@ -27,7 +27,7 @@ class Registry {
   // The types of a manifest made in this process, under the same checks; `file` stands for its shared object in messages. For tests.
   static Registry of(std::unique_ptr<Manifest> manifest, const std::filesystem::path& file = "built-in");
 
-  // The build's own plugins/ folder, then `extra`, then the colon-separated TESSERA_PLUGIN_PATH.
+  // plugins/ of this program's build folder or installation, then `extra`, then the colon-separated TESSERA_PLUGIN_PATH.
   static std::vector<std::filesystem::path> search_paths(const std::vector<std::string>& extra);
 
   const BlockType* block(std::string_view type) const;  // nullptr when there is none

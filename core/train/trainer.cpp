@@ -20,6 +20,7 @@
 #include "metrics/metrics_file.hpp"
 #include "metrics/progress.hpp"
 #include "model/model.hpp"
+#include "plugin/program.hpp"
 #include "train/evaluate.hpp"
 #include "train/profile.hpp"
 #include "train/setup.hpp"
@@ -53,7 +54,7 @@ class Run {
     plan_ = make_plan(config_);
     store_ = std::make_unique<Store>(plan_, device_, dtype_, config_.training.freeze);
     optimizer_ = std::make_unique<Optimizer>(*store_, config_.optimizer);
-    dataset_ = Dataset::open(config_.data, config_.model.vocab_size, {{"libtorch", TESSERA_TORCH_INCLUDE}});
+    dataset_ = Dataset::open(config_.data, config_.model.vocab_size, {{"libtorch", libtorch_include().string()}});
     loader_ = std::make_unique<Loader>(dataset_, config_.training.seq_len);
     model_ = std::make_unique<Model>(plan_, *store_, recomputed_bindings(config_.activation_checkpoint));
     if (resume_from_) restore();
