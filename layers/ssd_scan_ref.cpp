@@ -1,5 +1,4 @@
-// The chunked scan from ATen operators. M chunks of Q tokens, R heads a group, ordered by their place in the span (all first chunks, then all
-// second ones, ...) with the spans that have most chunks in front, so that the spans that still run at any place are a prefix.
+// The chunked scan from ATen operators. M chunks of Q tokens, R heads a group.
 #define AT_PER_OPERATOR_HEADERS  // the operators alone, not every function
 #include <ATen/TensorOperators.h>
 #include <ATen/core/grad_mode.h>
@@ -13,47 +12,14 @@
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros.h>
 
-#include <algorithm>
 #include <numeric>
 #include <vector>
 
+#include "layers/chunks.hpp"
 #include "layers/ssd_scan.hpp"
 
 namespace tessera {
 namespace {
-
-struct Chunks {
-  int64_t Q = 0;
-  std::vector<int64_t> order;   // spans, most chunks first
-  std::vector<int64_t> active;  // spans with a chunk at place c
-  std::vector<int64_t> source;  // [M * Q] row of x, or N (a row of zeros) in the padding
-  std::vector<int64_t> target;  // [N] place of a row among the M * Q
-};
-
-Chunks cut(const Spans& spans, int64_t chunk) {
-  Chunks out;
-  const auto& list = spans.list();
-  for (const Span& span : list) out.Q = std::max(out.Q, span.length);
-  out.Q = std::min(out.Q, chunk);
-  out.order.resize(list.size());
-  std::iota(out.order.begin(), out.order.end(), 0);
-  auto count = [&](int64_t s) { return (list[s].length + out.Q - 1) / out.Q; };
-  std::stable_sort(out.order.begin(), out.order.end(), [&](int64_t a, int64_t b) { return count(a) > count(b); });
-  out.target.resize(spans.num_tokens());
-  for (int64_t c = 0; c < count(out.order[0]); ++c) {
-    out.active.push_back(0);
-    for (const int64_t s : out.order) {
-      if (count(s) <= c) break;
-      ++out.active.back();
-      for (int64_t q = 0; q < out.Q; ++q) {
-        const int64_t at = c * out.Q + q, row = spans.rows()[s] + at;
-        if (at < list[s].length) out.target[row] = static_cast<int64_t>(out.source.size());
-        out.source.push_back(at < list[s].length ? row : spans.num_tokens());
-      }
-    }
-  }
-  return out;
-}
 
 at::Tensor index(const std::vector<int64_t>& values, const at::Tensor& like) { return at::tensor(values, at::kLong).to(like.device()); }
 
@@ -70,22 +36,17 @@ at::Tensor ssd_scan_ref(const at::Tensor& xbc_nc, const at::Tensor& dt_nh, const
   const auto dtype = xbc_nc.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   const int64_t H = z.num_heads, P = z.head_dim, G = z.num_groups, S = z.state_size, R = H / G, N = spans.num_tokens();
   if (N == 0) return at::zeros({0, H * P}, xbc_nc.options().dtype(dtype));
-  const Chunks chunks = cut(spans, z.chunk);
-  const int64_t Q = chunks.Q, M = static_cast<int64_t>(chunks.source.size()) / Q;
-  const at::Tensor source = index(chunks.source, xbc_nc);
-  auto chunked = [&](const at::Tensor& t_nk) {  // [M, Q, K], zeros in the padding
-    const at::Tensor row = at::zeros({1, t_nk.size(1)}, t_nk.options());
-    return at::index_select(at::cat({t_nk, row}), 0, source).view({M, Q, t_nk.size(1)});
-  };
+  const Chunks chunks(spans, z.chunk, xbc_nc.device());
+  const int64_t Q = chunks.length(), M = std::accumulate(chunks.at_place().begin(), chunks.at_place().end(), int64_t{0});
   const at::Tensor xbc = xbc_nc.to(dtype);
-  const at::Tensor x = chunked(xbc.narrow(1, 0, H * P)).view({M, Q, H, P}).permute({0, 2, 1, 3}).reshape({M * H, Q, P});
-  const at::Tensor B = chunked(xbc.narrow(1, H * P, G * S)).view({M, Q, G, S}).permute({0, 2, 1, 3});
-  const at::Tensor C = chunked(xbc.narrow(1, H * P + G * S, G * S)).view({M, Q, G, S}).permute({0, 2, 1, 3});
+  const at::Tensor x = chunks.split(xbc.narrow(1, 0, H * P)).view({M, Q, H, P}).permute({0, 2, 1, 3}).reshape({M * H, Q, P});
+  const at::Tensor B = chunks.split(xbc.narrow(1, H * P, G * S)).view({M, Q, G, S}).permute({0, 2, 1, 3});
+  const at::Tensor C = chunks.split(xbc.narrow(1, H * P + G * S, G * S)).view({M, Q, G, S}).permute({0, 2, 1, 3});
   auto by_head = [&](const at::Tensor& t_mgqs) { return t_mgqs.unsqueeze(2).expand({M, G, R, Q, S}).reshape({M * H, Q, S}); };
 
   // Padding has d = 0: it neither decays nor adds. The threshold of softplus is out of reach, so that it is the plain formula.
   const at::Tensor d_nh = at::softplus(dt_nh.to(dtype) + dt_bias_h.to(dtype), 1, 40).clamp(z.dt_min, z.dt_max);
-  const at::Tensor d = chunked(d_nh).permute({0, 2, 1}).reshape({M * H, Q});
+  const at::Tensor d = chunks.split(d_nh).permute({0, 2, 1}).reshape({M * H, Q});
   const at::Tensor A = A_log_h.to(dtype).exp().neg();
   const at::Tensor lam = (d.view({M, H, Q}) * A.view({1, H, 1})).cumsum(2).view({M * H, Q});
   const at::Tensor last = lam.narrow(1, Q - 1, 1);
@@ -101,16 +62,16 @@ at::Tensor ssd_scan_ref(const at::Tensor& xbc_nc, const at::Tensor& dt_nh, const
 
   // The state entering every chunk, place by place.
   at::Tensor state = at::zeros({spans.size(), H, P, S}, xbc.options());
-  std::vector<int64_t> slots(chunks.order.size()), resumes(chunks.order.size());
-  for (size_t k = 0; k < chunks.order.size(); ++k)
-    slots[k] = spans.list()[chunks.order[k]].state_slot, resumes[k] = spans.list()[chunks.order[k]].start > 0;
+  std::vector<int64_t> slots(chunks.order().size()), resumes(chunks.order().size());
+  for (size_t k = 0; k < slots.size(); ++k)
+    slots[k] = spans.list()[chunks.order()[k]].state_slot, resumes[k] = spans.list()[chunks.order()[k]].start > 0;
   if (state_shps.defined()) {
     const at::Tensor kept = index(resumes, xbc).to(at::kBool).view({-1, 1, 1, 1});
     state = at::where(kept, at::index_select(state_shps, 0, index(slots, xbc)).to(dtype), state);
   }
   std::vector<at::Tensor> entering;
   int64_t at_chunk = 0;
-  for (const int64_t active : chunks.active) {
+  for (const int64_t active : chunks.at_place()) {
     entering.push_back(state.narrow(0, 0, active));
     const at::Tensor next = through.narrow(0, at_chunk, active) * entering.back() + added.narrow(0, at_chunk, active);
     state = active == state.size(0) ? next : at::cat({next, state.narrow(0, active, state.size(0) - active)});
@@ -122,7 +83,7 @@ at::Tensor ssd_scan_ref(const at::Tensor& xbc_nc, const at::Tensor& dt_nh, const
   }
   y = y + at::bmm(by_head(C) * lam.exp().unsqueeze(2), at::cat(entering).view({M * H, P, S}).transpose(1, 2));
   y = y.view({M, H, Q, P}) + D_h.to(dtype).view({1, H, 1, 1}) * x.view({M, H, Q, P});
-  return at::index_select(y.permute({0, 2, 1, 3}).reshape({M * Q, H * P}), 0, index(chunks.target, xbc));
+  return chunks.join(y.permute({0, 2, 1, 3}).reshape({M, Q, H * P}));
 }
 
 }  // namespace tessera
