@@ -23,6 +23,7 @@
 #include <limits>
 #include <numeric>
 
+#include "layers/attention_cache.hpp"
 #include "tessera/error.hpp"
 
 namespace tessera {
@@ -216,6 +217,26 @@ at::Tensor composed(const at::Tensor& q_nhp, const at::Tensor& k_nkp, const at::
   return at::cat(outputs, 0);
 }
 
+// Rows of x into the cache at their slots and positions.
+void write_cache(const at::Tensor& x_nkp, const Spans& spans, const at::Tensor& cache_slkp) {
+  const auto capacity = cache_slkp.size(1);
+  const auto x = x_nkp.to(cache_slkp.scalar_type()).contiguous();
+  if (!cache_slkp.is_cpu()) {
+    std::vector<int64_t> rows;
+    for (const auto& span : spans.list())
+      for (int64_t t = 0; t < span.length; ++t) rows.push_back(span.state_slot * capacity + span.start + t);
+    cache_slkp.flatten(0, 1).index_copy_(0, at::tensor(rows, at::kLong).to(x.device()), x);
+    return;
+  }
+  const auto width = x.size(1) * x.size(2) * x.element_size();
+  auto* to = static_cast<char*>(cache_slkp.data_ptr());
+  const auto* from = static_cast<const char*>(x.const_data_ptr());
+  for (int64_t s = 0; s < spans.size(); ++s) {
+    const auto& span = spans.list()[s];
+    std::memcpy(to + (span.state_slot * capacity + span.start) * width, from + spans.rows()[s] * width, span.length * width);
+  }
+}
+
 // Attention of spans to the cache, those of like length and context together. In short ones the query heads of one kv head lie side by
 // side as its queries, so that keys and values are read once.
 void attend_cache(const at::Tensor& q_nhp, const Spans& spans, double scale, int64_t window, const at::Tensor& k_cache_slkp,
@@ -307,15 +328,14 @@ at::Tensor attention(const at::Tensor& q_nhp, const at::Tensor& k_nkp, const at:
   if (!k_cache_slkp.defined()) return fresh();
 
   at::AutoGradMode no_grad(false);
-  std::vector<int64_t> rows;
-  for (const auto& span : spans.list())
-    for (int64_t t = 0; t < span.length; ++t) rows.push_back(span.state_slot * k_cache_slkp.size(1) + span.start + t);
-  const auto rows_n = at::tensor(rows, at::kLong).to(q_nhp.device());
-  k_cache_slkp.flatten(0, 1).index_copy_(0, rows_n, k_nkp.to(k_cache_slkp.scalar_type()));
-  v_cache_slkp.flatten(0, 1).index_copy_(0, rows_n, v_nkp.to(v_cache_slkp.scalar_type()));
+  write_cache(k_nkp, spans, k_cache_slkp), write_cache(v_nkp, spans, v_cache_slkp);
   if (std::all_of(spans.list().begin(), spans.list().end(), [](const Span& span) { return span.start == 0; })) return fresh();
   const auto out_nhp = at::empty(q_nhp.sizes(), q_nhp.options());
-  attend_cache(q_nhp, spans, scale, window, k_cache_slkp, v_cache_slkp, out_nhp);
+  const bool own = q_nhp.is_cpu() && (q_nhp.scalar_type() == at::kFloat || q_nhp.scalar_type() == at::kBFloat16) &&
+                   k_cache_slkp.scalar_type() == q_nhp.scalar_type() && v_cache_slkp.scalar_type() == q_nhp.scalar_type() &&
+                   *std::max_element(lengths.begin(), lengths.end()) <= kFold;
+  if (own) attend_cache_cpu(q_nhp, spans, scale, window, k_cache_slkp, v_cache_slkp, out_nhp);
+  else attend_cache(q_nhp, spans, scale, window, k_cache_slkp, v_cache_slkp, out_nhp);
   return out_nhp;
 }
 

@@ -7,8 +7,10 @@
 #include <fmt/ranges.h>
 #include <torch/csrc/autograd/custom_function.h>
 
+#include <algorithm>
 #include <numeric>
 
+#include "layers/few_rows.hpp"
 #include "layers/matmul.hpp"
 #include "tessera/error.hpp"
 
@@ -41,7 +43,9 @@ struct GroupedLinear : torch::autograd::Function<GroupedLinear> {
   static at::Tensor forward(torch::autograd::AutogradContext* ctx, const at::Tensor& x_md, const at::Tensor& w_eod,
                             const std::vector<int64_t>& counts) {
     auto y_mo = at::empty({x_md.size(0), w_eod.size(1)}, x_md.options());
-    for (int64_t e = 0, row = 0; e < w_eod.size(0); row += counts[e], ++e) {
+    if (*std::max_element(counts.begin(), counts.end()) <= kFewRows && few_rows_fit(y_mo, x_md, w_eod))
+      few_rows_grouped(y_mo, x_md, w_eod, counts);
+    else for (int64_t e = 0, row = 0; e < w_eod.size(0); row += counts[e], ++e) {
       if (counts[e] == 0) continue;
       auto out = y_mo.narrow(0, row, counts[e]);
       product_into(out, x_md.narrow(0, row, counts[e]), w_eod.select(0, e).t());
@@ -86,7 +90,8 @@ at::Tensor linear(const at::Tensor& x_nd, const at::Tensor& w_od, const at::Tens
   if (bias_o.defined() && (bias_o.dim() != 1 || bias_o.size(0) != w_od.size(0)))
     fail("linear", fmt::format("bias must be [O] for weight [O, D], got bias {} and weight {}", shape(bias_o), shape(w_od)));
   const at::Tensor x = x_nd.to(w_od.scalar_type());
-  const at::Tensor y_no = x.is_cpu() && x.scalar_type() == at::kFloat ? Linear::apply(x.contiguous(), w_od) : at::linear(x, w_od);
+  const bool own = x.is_cpu() && (x.scalar_type() == at::kFloat || (x.scalar_type() == at::kBFloat16 && x.size(0) <= kFewRows));
+  const at::Tensor y_no = own ? Linear::apply(x.contiguous(), w_od) : at::linear(x, w_od);
   return bias_o.defined() ? at::add(y_no, bias_o.to(y_no.scalar_type())) : y_no;
 }
 

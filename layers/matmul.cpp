@@ -6,6 +6,8 @@
 #include <ATen/ops/mm.h>
 #include <ATen/ops/zeros.h>
 
+#include "layers/few_rows.hpp"
+
 // Exported by libtorch_cpu, declared in no installed header: out = beta * out + alpha * mat1 @ mat2.
 namespace at::native {
 void mkldnn_matmul(const Tensor& mat1, const Tensor& mat2, const Tensor& result, float beta, float alpha);
@@ -43,6 +45,7 @@ void onednn(at::Tensor& out_mn, const at::Tensor& a_mk, const at::Tensor& b_kn, 
 
 void product_into(at::Tensor& out_mn, const at::Tensor& a_mk, const at::Tensor& b_kn) {
   const int64_t rows = a_mk.size(0), inner = a_mk.size(1), columns = b_kn.size(1);
+  if (rows <= kFewRows && b_kn.stride(0) == 1 && few_rows_fit(out_mn, a_mk, b_kn.t())) return few_rows(out_mn, a_mk, b_kn.t());
   const bool stepped = a_mk.is_cpu() && a_mk.scalar_type() == b_kn.scalar_type() && out_mn.scalar_type() == a_mk.scalar_type() &&
                        (a_mk.scalar_type() == at::kBFloat16 || (a_mk.scalar_type() == at::kFloat && fp32_by_onednn())) && rows >= kStep && inner >= kStep &&
                        rows * inner * columns >= kSmall && out_mn.is_contiguous() && row_or_column_major(a_mk) && row_or_column_major(b_kn);

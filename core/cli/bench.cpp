@@ -47,10 +47,10 @@ void add_bench(CLI::App& app, Run& run) {
   auto o = std::make_shared<Options>();
   CLI::App* verb = app.add_subcommand("bench", "throughput of training steps and of decoding on random tokens, and each block's time");
   verb->add_option("CONFIG", o->configs, "TOML files")->required();
-  verb->add_option("--steps", o->bench.steps, "timed training steps")->capture_default_str()->check(CLI::PositiveNumber);
+  verb->add_option("--steps", o->bench.steps, "timed training steps; 0: no training")->capture_default_str()->check(CLI::NonNegativeNumber);
   verb->add_option("--decode-batch", o->bench.decode_batch, "sequences decoded together")->capture_default_str()->check(CLI::PositiveNumber);
   verb->add_option("--decode-context", o->bench.decode_context, "tokens before the first timed one")->capture_default_str()->check(CLI::PositiveNumber);
-  verb->add_option("--decode-tokens", o->bench.decode_tokens, "timed tokens a sequence")->capture_default_str()->check(CLI::PositiveNumber);
+  verb->add_option("--decode-tokens", o->bench.decode_tokens, "timed tokens a sequence; 0: no decoding")->capture_default_str()->check(CLI::NonNegativeNumber);
   verb->add_flag("--json", o->json, "one JSON document on stdout");
   add_sets(*verb, o->sets);
   verb->callback([o, &run] {

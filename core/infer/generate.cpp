@@ -2,13 +2,13 @@
 
 #include <ATen/TensorOperators.h>
 #include <ATen/core/PhiloxRNGEngine.h>
-#include <ATen/core/grad_mode.h>
 #include <ATen/ops/argmax.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/index_select.h>
 #include <ATen/ops/softmax.h>
 #include <ATen/ops/sort.h>
 #include <ATen/ops/tensor.h>
+#include <c10/core/InferenceMode.h>
 #include <fmt/format.h>
 
 #include <algorithm>
@@ -36,7 +36,7 @@ int64_t sample(const at::Tensor& logits_v, const GenerateOptions& options, size_
 
 std::vector<std::vector<int64_t>> generate(Model& model, const std::vector<std::vector<int64_t>>& prompts, const GenerateOptions& options,
                                            const std::function<void(size_t, int64_t)>& on_token) {
-  at::NoGradGuard no_grad;
+  const c10::InferenceMode inference;
   const int64_t vocab_size = model.plan().model.vocab_size;
   for (size_t i = 0; i < prompts.size(); ++i) {
     if (prompts[i].empty()) throw Error(ExitCode::kUsage, fmt::format("prompt {}: must have at least one token", i));

@@ -91,7 +91,7 @@ BenchResult bench(const Config& config, const BenchOptions& options) {
   BenchResult result{.config = config.source, .dtype = dtype_name(dtype), .device = device.str(), .params = totals(plan).trained};
   const std::vector<Batch> batches = random_batches(config, device);
   std::vector<double> times;
-  for (int64_t step = 0; step <= options.steps; ++step) {
+  if (options.steps > 0) for (int64_t step = 0; step <= options.steps; ++step) {
     const double s = timed([&] { train_step(model, optimizer, batches, config.optimizer.lr, config.training.max_norm); });
     if (step) times.push_back(s);
   }
@@ -102,7 +102,7 @@ BenchResult bench(const Config& config, const BenchOptions& options) {
   for (const CostRow& row : cost_rows(plan, documents)) result.train_flops_per_s += 3 * row.cost.flops() / result.train_step_s;
   result.peak_bytes = peak_memory_bytes();
 
-  {
+  if (options.decode_tokens > 0) {
     const at::Tensor ids = at::randint(config.model.vocab_size, {options.decode_batch * options.decode_context}, at::TensorOptions(at::kLong));
     std::vector<std::vector<int64_t>> prompts;
     for (int64_t i = 0; i < options.decode_batch; ++i) {

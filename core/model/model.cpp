@@ -7,7 +7,7 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/full.h>
 #include <ATen/ops/isfinite.h>
-#include <ATen/ops/linear.h>
+
 #include <ATen/ops/logical_and.h>
 #include <ATen/ops/logical_not.h>
 #include <ATen/ops/mul.h>
@@ -24,6 +24,7 @@
 #include <cmath>
 
 #include "layers/cross_entropy.hpp"
+#include "layers/linear.hpp"
 #include "layers/norm.hpp"
 #include "layers/shift.hpp"
 
@@ -340,12 +341,12 @@ at::Tensor Model::hidden(const Batch& batch, DecodeState* state, const Observer&
 // A tied head reads the embedding, which is stored in fp32, in the compute dtype.
 at::Tensor Model::lm_head_compute(const Weights& stem) const { return lm_head(stem).tensor().to(store_->compute_dtype()); }
 
-at::Tensor Model::logits(const at::Tensor& hidden_nd) { return at::linear(hidden_nd, lm_head_compute(store_->gather(""))).to(at::kFloat); }
+at::Tensor Model::logits(const at::Tensor& hidden_nd) { return tessera::linear(hidden_nd, lm_head_compute(store_->gather(""))).to(at::kFloat); }
 
 std::vector<at::Tensor> Model::head_logits(const Batch& batch, const at::Tensor& hidden_nd) {
   std::vector<at::Tensor> out;
   const Weights stem = store_->gather("");
-  if (plan_->head) run_head(stem, hidden_nd, batch, nullptr, false, [&](size_t, const at::Tensor& h) { out.push_back(at::linear(h, lm_head_compute(stem)).to(at::kFloat)); });
+  if (plan_->head) run_head(stem, hidden_nd, batch, nullptr, false, [&](size_t, const at::Tensor& h) { out.push_back(tessera::linear(h, lm_head_compute(stem)).to(at::kFloat)); });
   return out;
 }
 

@@ -4,6 +4,7 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/full.h>
 #include <ATen/ops/zeros.h>
+#include <c10/core/InferenceMode.h>
 #include <fmt/format.h>
 #include <torch/csrc/autograd/custom_function.h>
 
@@ -113,18 +114,41 @@ void Store::initialise(int64_t seed) {
   touch();
 }
 
-Weights Store::gather(const std::string& prefix) {
-  Weights weights;
-  for (FlatGroup* group : units_.at(prefix)) {
-    // fp32 rows are those that no training dtype may narrow; fp64 is wider, and tests differentiate in it.
-    if (group->stale && (compute_dtype_ == at::kDouble || (compute_dtype_ != at::kFloat && !group->fp32))) {
-      at::NoGradGuard no_grad;
-      if (group->compute.defined()) group->compute.copy_(group->data);
-      else group->compute = group->data.detach().to(compute_dtype_);
-      group->stale = false;
+// What a caller in inference mode allocates or views here outlives that mode.
+void Store::refresh(FlatGroup& group) {
+  // fp32 rows are those that no training dtype may narrow; fp64 is wider, and tests differentiate in it.
+  if (!group.stale || compute_dtype_ == at::kFloat || (compute_dtype_ != at::kDouble && group.fp32)) return;
+  const c10::InferenceMode off(false);
+  const at::NoGradGuard no_grad;
+  if (group.compute.defined()) group.compute.copy_(group.data);
+  else group.compute = group.data.detach().to(compute_dtype_);
+  group.stale = false;
+}
+
+const Weights& Store::plain(const std::string& prefix) {
+  auto [place, added] = plain_.try_emplace(prefix);
+  if (added) {
+    const c10::InferenceMode off(false);
+    const at::NoGradGuard no_grad;
+    for (FlatGroup* group : units_.at(prefix)) {
+      const at::Tensor flat = group->compute.defined() ? group->compute : group->data.detach();
+      for (const FlatGroup::Slot& slot : group->slots) place->second.add(tessera::slot_view(flat, slot), slot.row);
     }
-    auto views = GatherFunction::apply(group->data, reinterpret_cast<int64_t>(group));
-    for (size_t i = 0; i < views.size(); ++i) weights.add(views[i], group->slots[i].row);
+  }
+  return place->second;
+}
+
+Weights Store::gather(const std::string& prefix) {
+  const std::vector<FlatGroup*>& groups = units_.at(prefix);
+  for (FlatGroup* group : groups) refresh(*group);
+  Weights weights;
+  if (at::GradMode::is_enabled()) {
+    for (FlatGroup* group : groups) {
+      const auto views = GatherFunction::apply(group->data, reinterpret_cast<int64_t>(group));
+      for (size_t i = 0; i < views.size(); ++i) weights.add(views[i], group->slots[i].row);
+    }
+  } else {
+    weights = plain(prefix);
   }
   for (const auto& [name, tensor] : buffers_.at(prefix)) weights.add_buffer(name, tensor);
   return weights;

@@ -69,8 +69,9 @@ class Store {
   int64_t bytes() const;  // of masters, gradients, optimizer slots, compute copies and buffers as allocated now
 
  private:
-  friend struct GatherFunction;
   void add_unit(const std::string& prefix, const ParamTable& params, const BufferTable& buffers, const std::vector<std::string>& freeze);
+  void refresh(FlatGroup& group);                    // its compute copy, where it has one
+  const Weights& plain(const std::string& prefix);   // a unit's parameters outside grad mode
   std::pair<FlatGroup*, FlatGroup::Slot*> find(const std::string& name) const;
 
   const ModelPlan* plan_;
@@ -80,6 +81,7 @@ class Store {
   std::map<std::string, std::vector<FlatGroup*>, std::less<>> units_;
   std::map<std::string, std::pair<FlatGroup*, size_t>, std::less<>> slots_;
   std::map<std::string, Buffers, std::less<>> buffers_;
+  std::map<std::string, Weights, std::less<>> plain_;  // made at first use
 };
 
 }  // namespace tessera

@@ -145,6 +145,20 @@ TEST(Attention, TakesStridedInput) {
   }
 }
 
+// Longer than one block of keys, in both dtypes, with channels that fill no vector.
+TEST(Attention, ShortSpansReadLongCaches) {
+  const Spans spans({{0, 999, 1, 1000, 1}, {1, 700, 5, 705, 0}, {2, 0, 3, 3, 2}, {3, 255, 2, 257, 3}});
+  for (const auto dtype : {at::kFloat, at::kBFloat16})
+    for (const int64_t dim : {32, 20})
+      for (const int64_t window : {0, 300, 1}) {
+        const auto q = at::randn({11, 6, dim}, dtype), k = at::randn({11, 2, dim}, dtype), v = at::randn({11, 2, dim}, dtype);
+        const auto cache_k = at::randn({4, 1100, 2, dim}, dtype), cache_v = at::randn({4, 1100, 2, dim}, dtype);
+        const auto wide = [](const at::Tensor& t) { return t.to(at::kDouble); };
+        const auto want = attention_ref(wide(q), wide(k), wide(v), spans, 0.2, window, wide(cache_k), wide(cache_v));
+        EXPECT_TRUE(close(attention(q, k, v, spans, 0.2, window, cache_k, cache_v), want, tolerance(dtype, Op::kMatmul, 256))) << dim << " window " << window;
+      }
+}
+
 TEST(Attention, WritesTheCacheInPlaceAndNowhereElse) {
   const auto k = at::randn({3, 1, 4}), cache_k = at::zeros({2, 6, 1, 4}), cache_v = at::zeros({2, 6, 1, 4});
   attention(at::randn({3, 2, 4}), k, k, Spans({{0, 2, 3, 5, 1}}), 0.5, 0, cache_k, cache_v);
