@@ -62,11 +62,12 @@ std::string shard_text(const std::vector<Shard>& shards, const std::vector<Segme
   return out;
 }
 
-// A small legal configuration: defaults, and one number for every required key. Empty where none of the numbers is legal.
-ConfigPtr example(const ElementType& type, const Env& env, std::string& sizes) {
+}  // namespace
+
+ConfigPtr example_config(const ElementType& type, const Env& env, std::vector<std::pair<std::string, Value>>& given) {
   for (const int64_t n : {8, 4, 2, 16, 1, 32}) {
     ConfigPtr config = type.make_config();
-    std::string said;
+    given.clear();
     bool legal = true;
     for (const Field& f : type.fields().list) {
       if (!f.required_) continue;
@@ -76,22 +77,24 @@ ConfigPtr example(const ElementType& type, const Env& env, std::string& sizes) {
       legal = legal && broken_rule(f, value).empty();
       if (!legal) break;
       f.set(config.get(), value);
-      said += fmt::format(", {} = {}", f.key, to_toml(value));
+      given.emplace_back(f.key, value);
     }
     Issues issues;
     if (legal) type.check(config, env, issues);
-    if (!legal || !issues.empty()) continue;
-    sizes = fmt::format("hidden_size = {}{}", env.hidden_size, said);
-    return config;
+    if (legal && issues.empty()) return config;
   }
   return nullptr;
 }
 
+namespace {
+
 void add_rows(Sheet& sheet, const ElementType& type, const BlockType* block) {
   const Env env{.hidden_size = 64, .vocab_size = 256, .num_layers = 4};
-  std::string sizes;
-  const ConfigPtr config = example(type, env, sizes);
+  std::vector<std::pair<std::string, Value>> given;
+  const ConfigPtr config = example_config(type, env, given);
   if (!config) return;
+  std::string sizes = fmt::format("hidden_size = {}", env.hidden_size);
+  for (const auto& [key, value] : given) sizes += fmt::format(", {} = {}", key, to_toml(value));
   Grid params{"parameters, with " + sizes, {"name", "shape", "cut", "dtype", "weight decay", "initial values", "HF name"}, {}};
   const auto hf = [&](const std::string& name, const std::string& given) { return given.empty() ? (block ? "mixer." + name : name) : given; };
   for (const Param& p : type.params(config, env))

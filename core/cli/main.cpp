@@ -32,8 +32,8 @@ int main(int argc, char** argv) {
   app.set_version_flag("--version", TESSERA_VERSION);
   app.require_subcommand(1);
   Run run;
-  for (auto add : {add_train, add_generate, add_eval, add_convert, add_verify, add_plan, add_bench, add_plugins, add_new_plugin}) add(app, run);
-  app.footer("`./tessera setup` and `./tessera test [FILTER] [--all]` are the launcher's own verbs.");
+  for (auto add : {add_train, add_generate, add_eval, add_convert, add_verify, add_plan, add_bench, add_plugins, add_new_plugin, add_test}) add(app, run);
+  app.footer("In the source tree, `./tessera setup` and `./tessera test [FILTER] [--all]` set up, build and run the tests.");
   try {
     app.parse(argc, argv);
     return run();

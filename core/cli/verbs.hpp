@@ -25,6 +25,7 @@ void add_plan(CLI::App& app, Run& run);
 void add_bench(CLI::App& app, Run& run);
 void add_plugins(CLI::App& app, Run& run);   // plugins, describe
 void add_new_plugin(CLI::App& app, Run& run);
+void add_test(CLI::App& app, Run& run);
 
 // `--set a.b=c`, as often as wanted, on every verb that takes a configuration or a checkpoint.
 void add_sets(CLI::App& verb, std::vector<std::string>& sets);
