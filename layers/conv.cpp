@@ -69,6 +69,7 @@ void convolve(const Taps& t, const T* const* rows, float* out) {
   if (t.W == 4 && rows[0] && rows[1] && rows[2]) {
     const float *w0 = t.tap(0), *w1 = t.tap(1), *w2 = t.tap(2), *w3 = t.tap(3);
     const T *x0 = rows[0], *x1 = rows[1], *x2 = rows[2], *x3 = rows[3];
+#pragma GCC ivdep
     for (int64_t c = 0; c < t.C; ++c)
       out[c] = bias[c] + w3[c] * vec::load(x3 + c) + w2[c] * vec::load(x2 + c) + w1[c] * vec::load(x1 + c) + w0[c] * vec::load(x0 + c);
     return;
@@ -160,6 +161,7 @@ void backward_as(const at::Tensor& x_nc, const at::Tensor& dout_nc, const Taps& 
         const T* g = dout + i * dout_nc.stride(0);
         if (silu) {
           convolve(taps, inputs.data(), pre);
+#pragma GCC ivdep
           for (int64_t c = 0; c < C; ++c) {
             const float s = vec::sigmoid(pre[c]);
             pre[c] = vec::load(g + c) * s * (1.0f + pre[c] * (1.0f - s));
@@ -170,6 +172,7 @@ void backward_as(const at::Tensor& x_nc, const at::Tensor& dout_nc, const Taps& 
         for (int64_t k = 0; i < piece.end && k < W; ++k) {
           if (!inputs[k]) continue;
           float* to = dw_group + k * C;
+#pragma GCC ivdep
           for (int64_t c = 0; c < C; ++c) to[c] += pre[c] * vec::load(inputs[k] + c);
         }
         for (int64_t c = 0; i < piece.end && c < C; ++c) db_group[c] += pre[c];
@@ -181,6 +184,7 @@ void backward_as(const at::Tensor& x_nc, const at::Tensor& dout_nc, const Taps& 
       std::fill(total.begin(), total.end(), 0.0f);
       for (int64_t k = 0; k < W; ++k) {
         const float *w = taps.tap(k), *from = ring.data() + (j + W - 1 - k - piece.begin) % W * C;
+#pragma GCC ivdep
         for (int64_t c = 0; c < C; ++c) total[c] += w[c] * from[c];
       }
       for (int64_t c = 0; c < C; ++c) vec::store(dx + j * C + c, total[c]);

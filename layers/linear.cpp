@@ -90,7 +90,7 @@ at::Tensor linear(const at::Tensor& x_nd, const at::Tensor& w_od, const at::Tens
   if (bias_o.defined() && (bias_o.dim() != 1 || bias_o.size(0) != w_od.size(0)))
     fail("linear", fmt::format("bias must be [O] for weight [O, D], got bias {} and weight {}", shape(bias_o), shape(w_od)));
   const at::Tensor x = x_nd.to(w_od.scalar_type());
-  const bool own = x.is_cpu() && (x.scalar_type() == at::kFloat || (x.scalar_type() == at::kBFloat16 && x.size(0) <= kFewRows));
+  const bool own = x.is_cpu() && (x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16);
   const at::Tensor y_no = own ? Linear::apply(x.contiguous(), w_od) : at::linear(x, w_od);
   return bias_o.defined() ? at::add(y_no, bias_o.to(y_no.scalar_type())) : y_no;
 }

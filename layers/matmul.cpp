@@ -1,7 +1,6 @@
 #include "layers/matmul.hpp"
 
 #include <ATen/Config.h>
-#include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/zeros.h>
@@ -35,11 +34,7 @@ bool fp32_by_onednn() {
 
 bool row_or_column_major(const at::Tensor& t) { return (t.stride(1) == 1 && t.stride(0) >= t.size(1)) || (t.stride(0) == 1 && t.stride(1) >= t.size(0)); }
 
-void onednn(at::Tensor& out_mn, const at::Tensor& a_mk, const at::Tensor& b_kn, bool add) {
-  if (a_mk.scalar_type() == at::kFloat) at::native::mkldnn_matmul(a_mk, b_kn, out_mn, add ? 1.f : 0.f, 1.f);
-  else if (add) at::addmm_out(out_mn, out_mn, a_mk, b_kn);
-  else at::mm_out(out_mn, a_mk, b_kn);
-}
+void onednn(at::Tensor& out_mn, const at::Tensor& a_mk, const at::Tensor& b_kn, bool add) { at::native::mkldnn_matmul(a_mk, b_kn, out_mn, add ? 1.f : 0.f, 1.f); }
 
 }  // namespace
 

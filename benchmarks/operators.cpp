@@ -1,0 +1,219 @@
+// Every operator beside its plain composition: op/<operator>/<sizes>/<dtype>/<pass>/<fast|reference>.
+#include <ATen/Parallel.h>
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/cat.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/linear.h>
+#include <ATen/ops/ones_like.h>
+#include <ATen/ops/rand.h>
+#include <ATen/ops/randint.h>
+#include <ATen/ops/randn.h>
+#include <ATen/ops/sigmoid.h>
+#include <ATen/ops/tensor.h>
+#include <ATen/ops/zeros.h>
+#include <fmt/format.h>
+
+#include <thread>
+
+#include "benchmarks/support.hpp"
+#include "layers/activation.hpp"
+#include "layers/attention.hpp"
+#include "layers/conv.hpp"
+#include "layers/cross_entropy.hpp"
+#include "layers/experts.hpp"
+#include "layers/linear.hpp"
+#include "layers/norm.hpp"
+#include "layers/rope.hpp"
+#include "layers/routing.hpp"
+#include "layers/ssd_scan.hpp"
+
+namespace tessera::benchmarks {
+namespace {
+
+using at::ScalarType;
+
+double width(ScalarType type) { return type == at::kBFloat16 ? 2 : 4; }
+
+// Makes the fast or the reference call; inputs are made anew for each benchmark, so that no more than one case is in memory.
+using Make = std::function<Case(ScalarType dtype, bool reference)>;
+
+void add(const std::string& name, bool differentiable, bool has_reference, const Make& make, std::vector<ScalarType> dtypes = {at::kFloat, at::kBFloat16}) {
+  for (const ScalarType dtype : dtypes)
+    for (const bool backward : {false, true}) {
+      if (backward && !differentiable) continue;
+      for (const bool reference : {false, true}) {
+        if (reference && !has_reference) continue;
+        const auto full = fmt::format("op/{}/{}/{}/{}", name, dtype_word(dtype), backward ? "fwd_bwd" : "fwd", reference ? "reference" : "fast");
+        benchmark::RegisterBenchmark(full.c_str(), [=](benchmark::State& state) { time_case(state, make(dtype, reference), backward); })
+            ->Unit(benchmark::kMicrosecond)
+            ->UseRealTime();
+      }
+    }
+}
+
+// Documents of one length: what a batch of training holds.
+Spans rows(int64_t tokens, int64_t length) { return Spans::uniform(tokens / length, length); }
+
+void norms() {
+  for (const auto& [N, D] : {std::pair<int64_t, int64_t>{2048, 256}, {2048, 1024}, {2048, 4096}, {1, 4096}}) {
+    add(fmt::format("rms_norm/{}x{}", N, D), true, true, [=](ScalarType dtype, bool reference) {
+      const at::Tensor x = at::randn({N, D}, dtype), w = at::rand({D});
+      return Case{[=] { return reference ? rms_norm_ref(x, w, 1e-5, dtype) : rms_norm(x, w, 1e-5, dtype); }, {x, w}, double(N), 0, width(dtype) * 2.0 * N * D};
+    });
+    add(fmt::format("gated_rms_norm/{}x{}", N, D), true, true, [=](ScalarType dtype, bool reference) {
+      const at::Tensor y = at::randn({N, D}), z = at::randn({N, D}, dtype), w = at::rand({D});
+      const int64_t group = D / 4;
+      return Case{[=] { return reference ? gated_rms_norm_ref(y, z, w, group, 1e-5, dtype) : gated_rms_norm(y, z, w, group, 1e-5, dtype); }, {y, z, w}, double(N), 0,
+                  (4 + 2 * width(dtype)) * N * D};
+    });
+  }
+}
+
+void convolution() {
+  for (const auto& [N, C, T] : {std::tuple<int64_t, int64_t, int64_t>{2048, 768, 512}, {2048, 3072, 2048}, {2048, 768, 17}}) {
+    add(fmt::format("causal_conv1d/{}x{}/documents_of_{}", N, C, T), true, true, [=](ScalarType dtype, bool reference) {
+      const Spans spans = rows(N / T * T, T);
+      const at::Tensor x = at::randn({spans.num_tokens(), C}, dtype), w = at::randn({C, 1, 4}, dtype), b = at::randn({C}, dtype);
+      return Case{[=] { return reference ? causal_conv1d_ref(x, w, b, spans, true) : causal_conv1d(x, w, b, spans, true); }, {x, w, b}, double(x.size(0)), 0,
+                  width(dtype) * 2 * x.numel()};
+    });
+  }
+}
+
+void scan() {
+  struct Sizes {
+    int64_t tokens, length, heads, head_dim, groups, state;
+  };
+  for (const Sizes z : {Sizes{2048, 512, 8, 64, 2, 64}, {2048, 2048, 16, 64, 8, 128}, {16384, 16384, 8, 64, 2, 64}, {2048, 97, 8, 64, 2, 64}})
+    add(fmt::format("ssd_scan/{}/documents_of_{}/H{}xP{}xG{}xS{}", z.tokens, z.length, z.heads, z.head_dim, z.groups, z.state), true, true, [=](ScalarType dtype, bool reference) {
+      const SsdSizes sizes{.num_heads = z.heads, .head_dim = z.head_dim, .num_groups = z.groups, .state_size = z.state, .chunk = 64};
+      const Spans spans = rows(z.tokens / z.length * z.length, z.length);
+      const int64_t N = spans.num_tokens(), inner = z.heads * z.head_dim;
+      const at::Tensor xbc = at::randn({N, inner + 2 * z.groups * z.state}, dtype), dt = at::randn({N, z.heads}, dtype), bias = at::randn({z.heads}), A = at::rand({z.heads}),
+                       D = at::randn({z.heads});
+      const double chunks = static_cast<double>(spans.size() * ((z.length + 63) / 64));
+      return Case{[=] { return reference ? ssd_scan_ref(xbc, dt, bias, A, D, sizes, spans) : ssd_scan(xbc, dt, bias, A, D, sizes, spans); }, {xbc, dt, bias, A, D}, double(N),
+                  chunks * ssd_scan_ref_flops(sizes, 64), width(dtype) * xbc.numel() + 4.0 * N * inner};
+    });
+}
+
+void attentions() {
+  struct Sizes {
+    int64_t tokens, length, heads, kv_heads, dim, window;
+  };
+  for (const Sizes z : {Sizes{2048, 512, 8, 2, 32, 0}, {2048, 2048, 8, 2, 64, 0}, {2048, 2048, 8, 2, 64, 256}, {2048, 97, 8, 2, 64, 0}})
+    add(fmt::format("attention/{}/documents_of_{}/H{}xK{}xP{}/window_{}", z.tokens, z.length, z.heads, z.kv_heads, z.dim, z.window), true, true, [=](ScalarType dtype, bool reference) {
+      const Spans spans = rows(z.tokens / z.length * z.length, z.length);
+      const int64_t N = spans.num_tokens();
+      const at::Tensor q = at::randn({N, z.heads, z.dim}, dtype), k = at::randn({N, z.kv_heads, z.dim}, dtype), v = at::randn({N, z.kv_heads, z.dim}, dtype);
+      const double w = z.window ? std::min(z.window, z.length) : z.length, pairs = spans.size() * (w * (w + 1) / 2 + (z.length - w) * w), scale = 0.125;
+      return Case{[=] { return reference ? attention_ref(q, k, v, spans, scale, z.window) : attention(q, k, v, spans, scale, z.window); }, {q, k, v}, double(N),
+                  4.0 * z.heads * z.dim * pairs, width(dtype) * 2.0 * N * z.dim * (z.heads + z.kv_heads)};
+    });
+  for (const auto& [batch, context] : {std::pair<int64_t, int64_t>{1, 64}, {1, 1024}, {1, 16384}, {16, 1024}})
+    add(fmt::format("attention_cache/batch_{}/context_{}/H8xK2xP64", batch, context), false, true, [=](ScalarType dtype, bool reference) {
+      std::vector<Span> list;
+      for (int64_t s = 0; s < batch; ++s) list.push_back({s, context - 1, 1, context, s});
+      const Spans spans(list);
+      const at::Tensor q = at::randn({batch, 8, 64}, dtype), k = at::randn({batch, 2, 64}, dtype), ck = at::randn({batch, context, 2, 64}, dtype), cv = ck.clone();
+      return Case{[=] { return reference ? attention_ref(q, k, k, spans, 0.125, 0, ck, cv) : attention(q, k, k, spans, 0.125, 0, ck, cv); }, {}, double(batch),
+                  4.0 * 8 * 64 * context * batch, width(dtype) * 2.0 * ck.numel()};
+    });
+}
+
+void products() {
+  for (const auto& [N, D, O] : {std::tuple<int64_t, int64_t, int64_t>{1, 256, 1288}, {16, 256, 1288}, {1, 2048, 2048}, {64, 1024, 1024}, {2048, 256, 1288}, {2048, 1024, 1024}})
+    add(fmt::format("linear/{}x{}x{}", N, D, O), true, true, [=](ScalarType dtype, bool reference) {
+      const at::Tensor x = at::randn({N, D}, dtype), w = at::randn({O, D}, dtype);
+      return Case{[=] { return reference ? at::linear(x, w) : tessera::linear(x, w); }, {x, w}, double(N), 2.0 * N * D * O, width(dtype) * (N * D + D * O + N * O)};
+    });
+  for (const auto& [N, E, k, D, F] : {std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t>{2048, 16, 4, 256, 256}, {2048, 64, 6, 512, 512}, {1, 16, 4, 256, 256}, {16, 16, 4, 256, 256}})
+    add(fmt::format("grouped_linear/{}/E{}xk{}/{}x{}", N, E, k, D, F), true, true, [=](ScalarType dtype, bool reference) {
+      const Dispatch d = dispatch(choose_experts(at::rand({N, E}), {}, k), E);
+      const at::Tensor x = at::randn({N * k, D}, dtype), w = at::randn({E, F, D}, dtype);
+      const auto plain = [=] {
+        std::vector<at::Tensor> parts;
+        for (int64_t e = 0, row = 0; e < E; ++e) {
+          const int64_t count = d.counts_e[e].item<int64_t>();
+          parts.push_back(at::linear(x.narrow(0, row, count), w[e]));
+          row += count;
+        }
+        return at::cat(parts);
+      };
+      return Case{[=] { return reference ? plain() : grouped_linear(x, w, d.counts_e); }, {x, w}, double(N), 2.0 * N * k * D * F, width(dtype) * (N * k * (D + F) + E * D * F)};
+    });
+}
+
+void experts() {
+  for (const auto& [N, E, k, D] : {std::tuple<int64_t, int64_t, int64_t, int64_t>{2048, 16, 4, 256}, {2048, 128, 6, 1024}}) {
+    const auto size = fmt::format("{}/E{}xk{}", N, E, k);
+    add("choose_experts/" + size, false, true, [=](ScalarType, bool reference) {
+      const at::Tensor scores = at::rand({N, E});
+      return Case{[=] { return reference ? choose_experts_ref(scores, {}, k) : choose_experts(scores, {}, k); }, {}, double(N), 0, 4.0 * N * E};
+    }, {at::kFloat});
+    add("dispatch/" + size, false, true, [=](ScalarType, bool reference) {
+      const at::Tensor chosen = choose_experts(at::rand({N, E}), {}, k);
+      return Case{[=] { return reference ? dispatch_ref(chosen, E).row_nk : dispatch(chosen, E).row_nk; }, {}, double(N), 0, 32.0 * N * k};
+    }, {at::kFloat});
+    add(fmt::format("permute_tokens/{}xD{}", size, D), true, true, [=](ScalarType dtype, bool reference) {
+      const Dispatch d = dispatch(choose_experts(at::rand({N, E}), {}, k), E);
+      const at::Tensor x = at::randn({N, D}, dtype);
+      return Case{[=] { return reference ? permute_tokens_ref(x, d) : permute_tokens(x, d); }, {x}, double(N), 0, width(dtype) * N * D * (1 + k)};
+    });
+    add(fmt::format("combine_tokens/{}xD{}", size, D), true, true, [=](ScalarType dtype, bool reference) {
+      const Dispatch d = dispatch(choose_experts(at::rand({N, E}), {}, k), E);
+      const at::Tensor y = at::randn({N * k, D}, dtype), w = at::rand({N, k});
+      return Case{[=] { return reference ? combine_tokens_ref(y, w, d) : combine_tokens(y, w, d); }, {y, w}, double(N), 0, width(dtype) * N * D * (1 + k)};
+    });
+    add("seq_aux_loss/" + size, true, true, [=](ScalarType, bool reference) {
+      const at::Tensor logits = at::randn({N, E});
+      const Spans spans = rows(N, 512);
+      return Case{[=] { return reference ? seq_aux_loss_ref(logits, spans, {}, k) : seq_aux_loss(logits, spans, {}, k); }, {logits}, double(N), 0, 4.0 * N * E};
+    }, {at::kFloat});
+    add("expert_weights/" + size, true, false, [=](ScalarType, bool) {
+      const at::Tensor scores = at::rand({N, E}), chosen = choose_experts(scores, {}, k);
+      return Case{[=] { return expert_weights(scores, chosen, true, 2.5); }, {scores}, double(N), 0, 4.0 * N * E};
+    }, {at::kFloat});
+  }
+}
+
+void losses() {
+  for (const auto& [N, D, V] : {std::tuple<int64_t, int64_t, int64_t>{2048, 256, 256}, {2048, 512, 32768}, {512, 512, 131072}}) {
+    std::vector<ScalarType> dtypes{at::kFloat};
+    if (V <= 32768) dtypes.push_back(at::kBFloat16);
+    add(fmt::format("linear_cross_entropy/{}x{}x{}", N, D, V), true, true, [=](ScalarType dtype, bool reference) {
+      const at::Tensor h = at::randn({N, D}, dtype), w = at::randn({V, D}, dtype), targets = at::randint(V, {N}, at::kLong);
+      return Case{[=] { return reference ? linear_cross_entropy_ref(h, w, targets) : linear_cross_entropy(h, w, targets); }, {h, w}, double(N), 2.0 * N * D * V,
+                  width(dtype) * (N * D + D * V)};
+    }, dtypes);
+  }
+  // What the loss and head cost at least: their three products.
+  for (const auto& [N, D, V] : {std::tuple<int64_t, int64_t, int64_t>{512, 512, 131072}})
+    add(fmt::format("linear_cross_entropy_products/{}x{}x{}", N, D, V), true, false, [=](ScalarType dtype, bool) {
+      const at::Tensor h = at::randn({N, D}, dtype), w = at::randn({V, D}, dtype);
+      return Case{[=] { return tessera::linear(h, w); }, {h, w}, double(N), 2.0 * N * D * V, width(dtype) * (N * D + D * V)};
+    }, {at::kFloat});
+}
+
+void elementwise() {
+  for (const int64_t F : {512, 4096})
+    add(fmt::format("relu2/2048x{}", F), true, true, [=](ScalarType dtype, bool reference) {
+      const at::Tensor x = at::randn({2048, F}, dtype);
+      return Case{[=] { return reference ? relu2_ref(x) : relu2(x); }, {x}, 2048, 0, width(dtype) * 2 * x.numel()};
+    });
+  add("rope/2048xH8xP64", true, false, [](ScalarType dtype, bool) {
+    const at::Tensor x = at::randn({2048, 8, 64}, dtype);
+    const Spans spans = rows(2048, 512);
+    return Case{[=] { return rope(x, spans.positions_n(at::kCPU), 10000); }, {x}, 2048, 0, width(dtype) * 2 * x.numel()};
+  });
+}
+
+}  // namespace
+}  // namespace tessera::benchmarks
+
+int main(int argc, char** argv) {
+  using namespace tessera::benchmarks;
+  at::set_num_threads(static_cast<int>(std::max(1u, std::thread::hardware_concurrency())));
+  norms(), convolution(), scan(), attentions(), products(), experts(), losses(), elementwise();
+  return run(argc, argv);
+}
