@@ -22,6 +22,7 @@
 #include "layers/cross_entropy.hpp"
 #include "layers/experts.hpp"
 #include "layers/linear.hpp"
+#include "layers/matmul.hpp"
 #include "layers/norm.hpp"
 #include "layers/rope.hpp"
 #include "layers/routing.hpp"
@@ -187,12 +188,16 @@ void losses() {
                   width(dtype) * (N * D + D * V)};
     }, dtypes);
   }
-  // What the loss and head cost at least: their three products.
-  for (const auto& [N, D, V] : {std::tuple<int64_t, int64_t, int64_t>{512, 512, 131072}})
-    add(fmt::format("linear_cross_entropy_products/{}x{}x{}", N, D, V), true, false, [=](ScalarType dtype, bool) {
-      const at::Tensor h = at::randn({N, D}, dtype), w = at::randn({V, D}, dtype);
-      return Case{[=] { return tessera::linear(h, w); }, {h, w}, double(N), 2.0 * N * D * V, width(dtype) * (N * D + D * V)};
-    }, {at::kFloat});
+  // What fwd_bwd of these costs at least: logits, gradient of h and gradient of the weight, into memory that is there.
+  for (const auto& [N, D, V] : {std::tuple<int64_t, int64_t, int64_t>{2048, 256, 256}, {2048, 512, 32768}, {512, 512, 131072}})
+    add(fmt::format("linear_cross_entropy_products/{}x{}x{}", N, D, V), false, false, [=](ScalarType dtype, bool) {
+      const at::Tensor h = at::randn({N, D}, dtype), w = at::randn({V, D}, dtype), logits = at::randn({N, V}, dtype), dh = at::zeros({N, D}, dtype), dw = at::zeros({V, D}, dtype);
+      return Case{[=] {
+        at::Tensor to_logits = logits, to_h = dh, to_w = dw;
+        product_into(to_logits, h, w.t()), product_into(to_h, logits, w), product_into(to_w, logits.t(), h);
+        return dw;
+      }, {}, double(N), 6.0 * N * D * V, width(dtype) * (N * D + D * V)};
+    }, V <= 32768 ? std::vector<ScalarType>{at::kFloat, at::kBFloat16} : std::vector<ScalarType>{at::kFloat});
 }
 
 void elementwise() {

@@ -112,7 +112,7 @@ Result run(const at::Tensor& h_nd, const at::Tensor& w_vd, const at::Tensor& tar
     if (!want_dw) continue;
     // A single chunk's product needs no wider sum.
     if (!out.dw_vd.defined()) out.dw_vd = product(logits_cv.t(), h_cd);
-    else if (w_vd.scalar_type() == acc) out.dw_vd.addmm_(logits_cv.t(), h_cd);
+    else if (w_vd.scalar_type() == acc) product_into(out.dw_vd, logits_cv.t(), h_cd, /*add=*/true);
     else out.dw_vd = out.dw_vd.to(acc).add_(product(logits_cv.t(), h_cd));
   }
   if (want_dw && !out.dw_vd.defined()) out.dw_vd = at::zeros(w_vd.sizes(), w_vd.options());

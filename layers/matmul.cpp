@@ -1,6 +1,7 @@
 #include "layers/matmul.hpp"
 
 #include <ATen/Config.h>
+#include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/zeros.h>
@@ -38,20 +39,21 @@ void onednn(at::Tensor& out_mn, const at::Tensor& a_mk, const at::Tensor& b_kn, 
 
 }  // namespace
 
-void product_into(at::Tensor& out_mn, const at::Tensor& a_mk, const at::Tensor& b_kn) {
+void product_into(at::Tensor& out_mn, const at::Tensor& a_mk, const at::Tensor& b_kn, bool add) {
   const int64_t rows = a_mk.size(0), inner = a_mk.size(1), columns = b_kn.size(1);
-  if (rows <= kFewRows && b_kn.stride(0) == 1 && few_rows_fit(out_mn, a_mk, b_kn.t())) return few_rows(out_mn, a_mk, b_kn.t());
+  if (!add && rows <= kFewRows && b_kn.stride(0) == 1 && few_rows_fit(out_mn, a_mk, b_kn.t())) return few_rows(out_mn, a_mk, b_kn.t());
   const bool stepped = a_mk.is_cpu() && a_mk.scalar_type() == b_kn.scalar_type() && out_mn.scalar_type() == a_mk.scalar_type() &&
                        (a_mk.scalar_type() == at::kBFloat16 || (a_mk.scalar_type() == at::kFloat && fp32_by_onednn())) && rows >= kStep && inner >= kStep &&
                        rows * inner * columns >= kSmall && out_mn.is_contiguous() && row_or_column_major(a_mk) && row_or_column_major(b_kn);
   if (!stepped) {
-    at::mm_out(out_mn, a_mk, b_kn);
+    if (add) at::addmm_out(out_mn, out_mn, a_mk, b_kn);
+    else at::mm_out(out_mn, a_mk, b_kn);
     return;
   }
   const int64_t whole_rows = rows / kStep * kStep, whole_inner = inner / kStep * kStep, more_rows = rows - whole_rows, more_inner = inner - whole_inner;
   at::Tensor top = out_mn.narrow(0, 0, whole_rows);
   const at::Tensor a_top = a_mk.narrow(0, 0, whole_rows);
-  onednn(top, a_top.narrow(1, 0, whole_inner), b_kn.narrow(0, 0, whole_inner), false);
+  onednn(top, a_top.narrow(1, 0, whole_inner), b_kn.narrow(0, 0, whole_inner), add);
   if (more_inner) {
     const at::Tensor a_pad = at::zeros({kStep, whole_rows}, a_mk.options()), b_pad = at::zeros({kStep, columns}, b_kn.options());
     a_pad.narrow(0, 0, more_inner).copy_(a_top.narrow(1, whole_inner, more_inner).t());
@@ -63,7 +65,9 @@ void product_into(at::Tensor& out_mn, const at::Tensor& a_mk, const at::Tensor& 
     a_pad.narrow(0, 0, more_rows).copy_(a_mk.narrow(0, whole_rows, more_rows));
     at::Tensor bottom = at::empty({kStep, columns}, out_mn.options());
     onednn(bottom, a_pad, b_kn, false);
-    out_mn.narrow(0, whole_rows, more_rows).copy_(bottom.narrow(0, 0, more_rows));
+    const at::Tensor rest = out_mn.narrow(0, whole_rows, more_rows), made = bottom.narrow(0, 0, more_rows);
+    if (add) rest.add_(made);
+    else rest.copy_(made);
   }
 }
 

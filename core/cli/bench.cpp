@@ -5,6 +5,7 @@
 #include <iostream>
 #include <nlohmann/json.hpp>
 
+#include "cli/limits.hpp"
 #include "cli/verbs.hpp"
 
 namespace tessera {
@@ -17,23 +18,32 @@ json to_json(const BenchResult& r) {
   json out{{"config", r.config}, {"dtype", r.dtype}, {"device", r.device}, {"params", r.params}, {"peak_bytes", r.peak_bytes},
            {"train", {{"tokens_per_s", r.train_tokens_per_s}, {"step_s", r.train_step_s}, {"flops_per_s", r.train_flops_per_s}}},
            {"decode", {{"tokens_per_s", r.decode_tokens_per_s}, {"prefill_tokens_per_s", r.prefill_tokens_per_s}}},
-           {"matrix_peak_flops_per_s", r.matrix_peak}, {"memory_peak_bytes_per_s", r.memory_peak}, {"blocks", json::array()}};
-  for (const BlockTime& b : r.blocks)
-    out["blocks"].push_back({{"block", b.name}, {"layers", b.num_layers}, {"forward_s", b.forward_s}, {"backward_s", b.backward_s}, {"flops", b.flops},
-                             {"flops_per_s", 3 * b.flops / (b.forward_s + b.backward_s)}, {"bytes", b.bytes}});
+           {"matrix_peak_flops_per_s", r.matrix_peak}, {"memory_peak_bytes_per_s", r.memory_peak}, {"parts", json::array()}};
+  for (const PartTime& p : r.parts)
+    out["parts"].push_back({{"part", p.name}, {"layers", p.num_layers}, {"forward_s", p.forward_s}, {"recompute_s", p.recompute_s}, {"backward_s", p.backward_s},
+                            {"flops", p.flops}, {"bytes", p.bytes}});
   return out;
 }
 
 void print(const BenchResult& r) {
-  fmt::print("{}: {} parameters, {} on {}\n", r.config, r.params, r.dtype, r.device);
-  fmt::print("  train    {:>10.1f} tokens/s   {:.3f} s a step   {:.4g} FLOP/s ({:.1f} % of this machine's matrix peak {:.4g})   peak memory {:.0f} MiB\n", r.train_tokens_per_s,
-             r.train_step_s, r.train_flops_per_s, 100 * r.train_flops_per_s / r.matrix_peak, r.matrix_peak, static_cast<double>(r.peak_bytes) / 1048576);
-  fmt::print("  decode   {:>10.1f} tokens/s   prefill {:.1f} tokens/s\n\n", r.decode_tokens_per_s, r.prefill_tokens_per_s);
-  fmt::print("  {:<14} {:>6} {:>12} {:>12} {:>12} {:>9}\n", "one layer of", "layers", "forward ms", "backward ms", "FLOP/s", "of peak");
-  for (const BlockTime& b : r.blocks) {
-    const double rate = 3 * b.flops / (b.forward_s + b.backward_s);
-    fmt::print("  {:<14} {:>6} {:>12.2f} {:>12.2f} {:>12.4g} {:>7.1f} %\n", b.name, b.num_layers, 1e3 * b.forward_s, 1e3 * b.backward_s, rate, 100 * rate / r.matrix_peak);
+  const auto percent = [](double value, double of) { return of > 0 ? 100 * value / of : 0; };
+  fmt::print("{}: {} parameters, {} on {}; this machine: {:.4g} FLOP/s in matrix products, {:.4g} bytes/s in copies\n", r.config, r.params, r.dtype, r.device, r.matrix_peak,
+             r.memory_peak);
+  if (r.train_step_s > 0)
+    fmt::print("  train    {:>10.1f} tokens/s   {:.3f} s a step   {:.4g} FLOP/s, {:.1f} % of the matrix peak   peak memory {:.0f} MiB\n", r.train_tokens_per_s, r.train_step_s,
+               r.train_flops_per_s, percent(r.train_flops_per_s, r.matrix_peak), static_cast<double>(r.peak_bytes) / 1048576);
+  if (r.decode_tokens_per_s > 0) fmt::print("  decode   {:>10.1f} tokens/s   prefill {:.1f} tokens/s\n", r.decode_tokens_per_s, r.prefill_tokens_per_s);
+  if (r.parts.empty()) return;
+  fmt::print("\n  {:<16} {:>6} {:>11} {:>13} {:>12} {:>10} {:>16} {:>16}\n", "part of a step", "layers", "forward ms", "recompute ms", "backward ms", "of step", "of matrix peak",
+             "of memory peak");
+  double known = 0;
+  for (const PartTime& p : r.parts) {
+    known += p.seconds();
+    fmt::print("  {:<16} {:>6} {:>11.2f} {:>13.2f} {:>12.2f} {:>8.1f} % {:>14.1f} % {:>14.1f} %\n", p.name, p.num_layers ? fmt::format("{}", p.num_layers) : "", 1e3 * p.forward_s,
+               1e3 * p.recompute_s, 1e3 * p.backward_s, percent(p.seconds(), r.train_step_s), percent(p.flops / p.seconds(), r.matrix_peak),
+               percent(p.bytes / p.seconds(), r.memory_peak));
   }
+  fmt::print("  {:<16} {:>6} {:>11} {:>13} {:>12} {:>8.1f} %\n", "rest", "", "", "", "", percent(r.train_step_s - known, r.train_step_s));
 }
 
 }  // namespace
@@ -47,10 +57,10 @@ void add_bench(CLI::App& app, Run& run) {
   auto o = std::make_shared<Options>();
   CLI::App* verb = app.add_subcommand("bench", "throughput of training steps and of decoding on random tokens, and each block's time");
   verb->add_option("CONFIG", o->configs, "TOML files")->required();
-  verb->add_option("--steps", o->bench.steps, "timed training steps; 0: no training")->capture_default_str()->check(CLI::NonNegativeNumber);
-  verb->add_option("--decode-batch", o->bench.decode_batch, "sequences decoded together")->capture_default_str()->check(CLI::PositiveNumber);
-  verb->add_option("--decode-context", o->bench.decode_context, "tokens before the first timed one")->capture_default_str()->check(CLI::PositiveNumber);
-  verb->add_option("--decode-tokens", o->bench.decode_tokens, "timed tokens a sequence; 0: no decoding")->capture_default_str()->check(CLI::NonNegativeNumber);
+  verb->add_option("--steps", o->bench.steps, "timed training steps; 0: no training")->capture_default_str()->check(whole(0));
+  verb->add_option("--decode-batch", o->bench.decode_batch, "sequences decoded together")->capture_default_str()->check(whole(1));
+  verb->add_option("--decode-context", o->bench.decode_context, "tokens before the first timed one")->capture_default_str()->check(whole(1));
+  verb->add_option("--decode-tokens", o->bench.decode_tokens, "timed tokens a sequence; 0: no decoding")->capture_default_str()->check(whole(0));
   verb->add_flag("--json", o->json, "one JSON document on stdout");
   add_sets(*verb, o->sets);
   verb->callback([o, &run] {

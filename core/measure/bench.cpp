@@ -1,17 +1,15 @@
 #include "measure/bench.hpp"
 
-#include <ATen/core/grad_mode.h>
 #include <ATen/ops/randint.h>
-#include <ATen/ops/randn.h>
-#include <ATen/ops/randn_like.h>
-#include <torch/csrc/autograd/autograd.h>
 
 #include <algorithm>
 #include <chrono>
+#include <map>
 
 #include "infer/generate.hpp"
 #include "metrics/machine.hpp"
 #include "model/model.hpp"
+#include "plan/memory.hpp"
 #include "train/setup.hpp"
 #include "train/step.hpp"
 
@@ -40,39 +38,22 @@ std::vector<Batch> random_batches(const Config& config, at::Device device) {
   return out;
 }
 
-// One layer of each binding, forward and backward on a micro-batch of random activations.
-std::vector<BlockTime> block_times(const Config& config, const ModelPlan& plan, Store& store, int64_t rounds) {
-  std::vector<BlockTime> out;
-  const int64_t n = config.training.local_batch_size * config.training.seq_len;
-  const Spans spans = Spans::uniform(config.training.local_batch_size, config.training.seq_len);
-  const Documents documents{{.length = config.training.seq_len, .count = config.training.local_batch_size}};
-  for (const LayerPlan& layer : plan.layers) {
-    auto found = std::find_if(out.begin(), out.end(), [&](const BlockTime& row) { return row.name == layer.binding; });
-    if (found != out.end()) {
-      ++found->num_layers;
-      continue;
-    }
-    const Cost cost = layer.type->cost(layer.config, plan.env, documents);
-    BlockTime row{.name = layer.binding, .num_layers = 1, .flops = cost.flops(), .bytes = cost.bytes * (store.compute_dtype() == at::kBFloat16 ? 2 : 4)};
-    const auto block = layer.type->make(layer.config, plan.env);
-    std::vector<double> forward, backward;
-    const std::string& prefix = plan.layers[static_cast<size_t>(layer.weights_of)].prefix;
-    for (int64_t round = 0; round <= rounds; ++round) {
-      at::AutoGradMode grad_mode(true);
-      at::Tensor x_nd = at::randn({n, config.model.hidden_size}, at::TensorOptions(store.compute_dtype()).device(store.device())).set_requires_grad(true);
-      Context ctx(spans);
-      ctx.set_mesh(plan.env.mesh);
-      ctx.set_training(true);
-      at::Tensor y_nd;
-      const double f = timed([&] { y_nd = block->forward(x_nd, store.gather(prefix), ctx); });
-      const at::Tensor dy_nd = at::randn_like(y_nd);
-      const double b = timed([&] { torch::autograd::backward({y_nd}, {dy_nd}); });
-      if (round) forward.push_back(f), backward.push_back(b);  // the first round warms up
-    }
-    row.forward_s = median(forward), row.backward_s = median(backward);
-    out.push_back(row);
-  }
-  store.zero_grad();
+// Declared work beside measured times. The optimizer reads the parameter, its gradient and two moments, and writes three of them.
+std::vector<PartTime> part_times(const ModelPlan& plan, const Documents& documents, double bytes_per_element, const std::map<std::string, std::vector<StepClock::Seconds>>& times) {
+  std::vector<PartTime> out;
+  const auto phase = [](const std::vector<StepClock::Seconds>& steps, StepClock::Phase p) {
+    std::vector<double> values;
+    for (const StepClock::Seconds& step : steps) values.push_back(step[p]);
+    return median(std::move(values));
+  };
+  for (const auto& [name, steps] : times)
+    out.push_back({.name = name, .forward_s = phase(steps, StepClock::kForward), .recompute_s = phase(steps, StepClock::kRecompute), .backward_s = phase(steps, StepClock::kBackward)});
+  for (const CostRow& row : cost_rows(plan, documents))
+    for (PartTime& part : out)
+      if (part.name == row.name) part.num_layers = row.num_layers, part.flops = 3 * row.cost.flops(), part.bytes = 3 * bytes_per_element * row.cost.bytes;
+  for (PartTime& part : out)
+    if (part.name == "optimizer") part.bytes = 7.0 * 4 * static_cast<double>(totals(plan).trained);
+  std::stable_sort(out.begin(), out.end(), [](const PartTime& a, const PartTime& b) { return a.seconds() > b.seconds(); });
   return out;
 }
 
@@ -83,6 +64,7 @@ BenchResult bench(const Config& config, const BenchOptions& options) {
   const at::Device device = choose_device(config.training.device);
   const at::ScalarType dtype = choose_dtype(config.training.dtype, device);
   const ModelPlan plan = make_plan(config);
+  if (device.is_cpu()) require_memory(plan, options.steps > 0 ? &config.training : nullptr);
   Store store(plan, device, dtype, config.training.freeze);
   store.initialise(config.training.seed);
   Model model(plan, store, recomputed_bindings(config.activation_checkpoint));
@@ -90,16 +72,26 @@ BenchResult bench(const Config& config, const BenchOptions& options) {
 
   BenchResult result{.config = config.source, .dtype = dtype_name(dtype), .device = device.str(), .params = totals(plan).trained};
   const std::vector<Batch> batches = random_batches(config, device);
-  std::vector<double> times;
-  if (options.steps > 0) for (int64_t step = 0; step <= options.steps; ++step) {
-    const double s = timed([&] { train_step(model, optimizer, batches, config.optimizer.lr, config.training.max_norm); });
-    if (step) times.push_back(s);
-  }
-  const int64_t tokens = global_batch_rows(config) * config.training.seq_len;
-  result.train_step_s = median(times);
-  result.train_tokens_per_s = static_cast<double>(tokens) / result.train_step_s;
   const Documents documents{{.length = config.training.seq_len, .count = global_batch_rows(config)}};
-  for (const CostRow& row : cost_rows(plan, documents)) result.train_flops_per_s += 3 * row.cost.flops() / result.train_step_s;
+  if (options.steps > 0) {
+    StepClock clock(device);
+    model.set_clock(&clock);
+    std::vector<double> times;
+    std::map<std::string, std::vector<StepClock::Seconds>> parts;
+    for (int64_t step = 0; step <= options.steps; ++step) {
+      const double s = timed([&] { train_step(model, optimizer, batches, config.optimizer.lr, config.training.max_norm); });
+      const auto measured = clock.stop();
+      if (step == 0) continue;
+      times.push_back(s);
+      for (const auto& [name, seconds] : measured) parts[name].push_back(seconds);
+    }
+    model.set_clock(nullptr);
+    const int64_t tokens = global_batch_rows(config) * config.training.seq_len;
+    result.train_step_s = median(times);
+    result.train_tokens_per_s = static_cast<double>(tokens) / result.train_step_s;
+    for (const CostRow& row : cost_rows(plan, documents)) result.train_flops_per_s += 3 * row.cost.flops() / result.train_step_s;
+    result.parts = part_times(plan, documents, dtype == at::kBFloat16 ? 2 : 4, parts);
+  }
   result.peak_bytes = peak_memory_bytes();
 
   if (options.decode_tokens > 0) {
@@ -120,7 +112,6 @@ BenchResult bench(const Config& config, const BenchOptions& options) {
   }
   result.matrix_peak = measure_matrix_peak(dtype, device);
   result.memory_peak = measure_memory_peak(device);
-  result.blocks = block_times(config, plan, store, options.steps);
   return result;
 }
 

@@ -8,19 +8,19 @@
 namespace tessera {
 
 struct BenchOptions {
-  int64_t steps = 5;             // timed training steps, after one that is not
+  int64_t steps = 5;             // timed training steps, after one that is not; 0: none
   int64_t decode_batch = 1;      // sequences
   int64_t decode_context = 64;   // tokens before the first timed one
-  int64_t decode_tokens = 32;    // timed tokens a sequence
+  int64_t decode_tokens = 32;    // timed tokens a sequence; 0: none
 };
 
-// Time of one kind of block in a training step.
-struct BlockTime {
+// Time of one part of a training step: a binding's layers together, embedding, lm_head, a head, the optimizer.
+struct PartTime {
   std::string name;
   int64_t num_layers = 0;
-  double forward_s = 0, backward_s = 0;  // of one layer alone, on the step's tokens
-  double flops = 0;                      // forward, declared
-  double bytes = 0;                      // forward, declared
+  double forward_s = 0, recompute_s = 0, backward_s = 0;  // medians over steps
+  double flops = 0, bytes = 0;                            // of a step: declared forward, and twice that backward
+  double seconds() const { return forward_s + recompute_s + backward_s; }
 };
 
 struct BenchResult {
@@ -29,7 +29,7 @@ struct BenchResult {
   double train_tokens_per_s = 0, train_step_s = 0, train_flops_per_s = 0;  // medians
   double prefill_tokens_per_s = 0, decode_tokens_per_s = 0;
   double matrix_peak = 0, memory_peak = 0;  // FLOP/s and bytes/s of this machine, measured
-  std::vector<BlockTime> blocks;
+  std::vector<PartTime> parts;  // the slowest first
 };
 
 BenchResult bench(const Config& config, const BenchOptions& options);

@@ -235,6 +235,7 @@ const Weight& Model::lm_head(const Weights& stem) const {
 
 at::Tensor Model::run_layer(const Layer& layer, const at::Tensor& x_nd, const Pass& pass) {
   auto run = [this, &layer, pass](const at::Tensor& x, Decisions* decisions, bool replaying) {
+    enter(layer.plan->binding, replaying ? StepClock::kRecompute : StepClock::kForward);
     return guarded(*layer.plan, replaying ? "recomputation" : "forward", [&] {
       const Weights weights = store_->gather(layer.weights);
       Context ctx(pass.batch->spans);
@@ -261,14 +262,16 @@ at::Tensor Model::run_layer(const Layer& layer, const at::Tensor& x_nd, const Pa
         auto [place, added] = counts_[layer.weights].emplace(name, counts);
         if (!added) place->second = place->second + counts;
       }
+      if (replaying) enter(layer.plan->binding, StepClock::kBackward);
       return info.residual ? at::add(x, y) : y.to(x.scalar_type());
     });
   };
-  if (!layer.recompute || !at::GradMode::is_enabled()) return run(x_nd, nullptr, false);
+  if (!at::GradMode::is_enabled()) return run(x_nd, nullptr, false);
+  if (!layer.recompute) return mark(run(x_nd, nullptr, false), layer.plan->binding);
   auto call = c10::make_intrusive<LayerCall>();
   call->run = run;
   const at::Tensor anchor = at::empty({0}, x_nd.options().dtype(at::kFloat)).set_requires_grad(true);
-  return RecomputeFunction::apply(x_nd, anchor, call);
+  return mark(RecomputeFunction::apply(x_nd, anchor, call), layer.plan->binding);
 }
 
 at::Tensor Model::run_stack(const std::vector<std::unique_ptr<Layer>>& layers, at::Tensor x_nd, const Pass& pass, const Observer& observer) {
@@ -281,7 +284,9 @@ at::Tensor Model::run_stack(const std::vector<std::unique_ptr<Layer>>& layers, a
 }
 
 at::Tensor Model::main_hidden(const Weights& stem, const Pass& pass, const Observer& observer) {
-  const at::Tensor x_nd = run_stack(layers_, embed(stem, pass.batch->ids_n), pass, observer);
+  enter("embedding");
+  const at::Tensor x_nd = run_stack(layers_, mark(embed(stem, pass.batch->ids_n), "embedding"), pass, observer);
+  enter("lm_head");
   return rms_norm(x_nd, stem["final_norm.weight"].tensor(), plan_->env.norm_eps, store_->compute_dtype());
 }
 
@@ -292,15 +297,18 @@ void Model::run_head(const Weights& stem, at::Tensor hidden_nd, const Batch& bat
   for (size_t i = 0; i < passes.size(); ++i) {
     const auto set = static_cast<size_t>(passes[i].weight_set);
     const Weights own = store_->gather(plan_->head->sets[set].prefix);
+    enter(plan_->head->name);
     Context ctx(batch.spans);
     ctx.set_mesh(plan_->env.mesh);
     ctx.set_training(training);
     const at::Tensor embedded = embed(stem, shift_ids(batch.ids_n, batch.spans, passes[i].shift, 0)).to(store_->compute_dtype());
     Pass pass{.batch = &batch, .valid_n = valid_after_shift(batch.valid_n, batch.spans, passes[i].shift, batch.ids_n.device()), .training = training};
     if (over) pass.token_scale = passes[i].aux_weight * share(over->tokens[i + 1]), pass.document_scale = passes[i].aux_weight * share(over->documents[i + 1]);
-    at::Tensor x_nd = head_->before(hidden_nd, embedded, own, ctx).to(residual_dtype());
+    at::Tensor x_nd = mark(head_->before(hidden_nd, embedded, own, ctx).to(residual_dtype()), plan_->head->name);
     x_nd = run_stack(head_layers_[set], x_nd, pass, {});
-    hidden_nd = head_->after(x_nd, own, ctx).to(store_->compute_dtype());
+    enter(plan_->head->name);
+    hidden_nd = mark(head_->after(x_nd, own, ctx).to(store_->compute_dtype()), plan_->head->name);
+    enter("lm_head");
     use(i, hidden_nd);
   }
 }
@@ -309,7 +317,7 @@ LossResult Model::loss(const Batch& batch, const Denominators& over, bool traini
   aux_.clear();
   const Weights stem = store_->gather("");
   Pass pass{.batch = &batch, .valid_n = batch.valid_n, .token_scale = share(over.tokens[0]), .document_scale = share(over.documents[0]), .training = training};
-  const at::Tensor hidden_nd = main_hidden(stem, pass, {});
+  const at::Tensor hidden_nd = mark(main_hidden(stem, pass, {}), "lm_head");
   LossResult result;
   result.total = linear_cross_entropy(hidden_nd, lm_head_compute(stem), pass_inputs(batch, 0, 1).targets_n) * share(over.targets[0]);
   result.main = result.total.detach();

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "data/batch.hpp"
+#include "model/step_clock.hpp"
 #include "plan/plan.hpp"
 #include "store/store.hpp"
 #include "tessera/spans.hpp"
@@ -83,6 +84,11 @@ class Model {
   // RMS of the residual stream after the embedding and after each layer.
   std::vector<double> residual_norms(const Batch& batch);
 
+  // Training steps tell `clock` what they do; null: nobody. Parts: binding names, "embedding", "lm_head" (with the final norm and the loss),
+  // the head's type.
+  void set_clock(StepClock* clock) { clock_ = clock; }
+  StepClock* clock() const { return clock_; }
+
   const ModelPlan& plan() const { return *plan_; }
   Store& store() { return *store_; }
 
@@ -90,6 +96,10 @@ class Model {
   struct Layer;
   struct Pass;
   at::ScalarType residual_dtype() const;
+  void enter(const std::string& part, StepClock::Phase phase = StepClock::kForward) {
+    if (clock_) clock_->enter(part, phase);
+  }
+  at::Tensor mark(const at::Tensor& x, const std::string& part) { return clock_ ? clock_->mark(x, part) : x; }
   at::Tensor embed(const Weights& stem, const at::Tensor& ids_n);
   const Weight& lm_head(const Weights& stem) const;
   at::Tensor lm_head_compute(const Weights& stem) const;
@@ -101,6 +111,7 @@ class Model {
 
   const ModelPlan* plan_;
   Store* store_;
+  StepClock* clock_ = nullptr;
   std::vector<std::unique_ptr<Layer>> layers_;
   std::vector<std::vector<std::unique_ptr<Layer>>> head_layers_;  // by weight set
   std::unique_ptr<Head> head_;

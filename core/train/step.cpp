@@ -44,6 +44,7 @@ Sums run_micro_batches(Model& model, const std::vector<Batch>& micro_batches) {
   for (const Batch& batch : micro_batches) {
     at::AutoGradMode grad_mode(true);
     LossResult result = model.loss(batch, over, /*training=*/true);
+    if (model.clock()) model.clock()->enter("lm_head", StepClock::kBackward);
     if (result.total.requires_grad()) torch::autograd::backward({result.total}, {});
     add_to(sums.loss, result.main);
     add_to(sums.total, result.value);
@@ -75,6 +76,7 @@ StepResult train_step(Model& model, Optimizer& optimizer, const std::vector<Batc
   StepResult result;
   model.take_counts();
   const Sums sums = run_micro_batches(model, micro_batches);
+  if (model.clock()) model.clock()->enter("optimizer", StepClock::kForward);
   const at::Tensor norm = optimizer.grad_norm();
   Readback readback;
   read_sums(readback, sums, result);

@@ -1,0 +1,43 @@
+#include "model/step_clock.hpp"
+
+#include <c10/core/impl/VirtualGuardImpl.h>
+#include <torch/csrc/autograd/custom_function.h>
+
+#include <utility>
+
+namespace tessera {
+
+namespace {
+
+struct Mark : public torch::autograd::Function<Mark> {
+  static at::Tensor forward(torch::autograd::AutogradContext* ctx, const at::Tensor& x, int64_t clock, const std::string& part) {
+    ctx->saved_data["clock"] = clock;
+    ctx->saved_data["part"] = part;
+    return x.view_as(x);
+  }
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx, const torch::autograd::variable_list& grads) {
+    reinterpret_cast<StepClock*>(ctx->saved_data["clock"].toInt())->enter(ctx->saved_data["part"].toStringRef(), StepClock::kBackward);
+    return {grads[0], at::Tensor(), at::Tensor()};
+  }
+};
+
+}  // namespace
+
+void StepClock::enter(const std::string& part, Phase phase) {
+  if (!device_.is_cpu()) c10::impl::VirtualGuardImpl(device_.type()).getStream(device_).synchronize();
+  const auto now = std::chrono::steady_clock::now();
+  if (open_) *open_ += std::chrono::duration<double>(now - since_).count();
+  since_ = now;
+  open_ = &seconds_[part][phase];
+}
+
+std::map<std::string, StepClock::Seconds> StepClock::stop() {
+  enter("", kForward);
+  open_ = nullptr;
+  seconds_.erase("");
+  return std::exchange(seconds_, {});
+}
+
+at::Tensor StepClock::mark(const at::Tensor& x, const std::string& part) { return Mark::apply(x, reinterpret_cast<int64_t>(this), part); }
+
+}  // namespace tessera
