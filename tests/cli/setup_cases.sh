@@ -137,6 +137,10 @@ moved_folder_is_configured_afresh() {
   run x; mv "$here" "$box/b"; here=$box/b; : >"$log"; run x
   exits 0; calls 1 '^cmake --preset release --fresh'; calls 0 '^python3'
 }
+test_of_a_plugin_builds_its_checks() {
+  run test --plugin 'my blocks/x.so' Causal
+  exits 0; prints 'ran test --plugin my blocks/x.so Causal'; calls 1 '^cmake --build .* tessera_conformance$'; calls 0 'tests/all'; calls 0 '^ctest'
+}
 test_counts_cases() {
   cat >"$box/ctest_output" <<'OUT'
 test 1

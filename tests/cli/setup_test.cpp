@@ -27,7 +27,7 @@ INSTANTIATE_TEST_SUITE_P(
                     "without_rights_says_what_to_install", "installs_as_root_or_with_sudo", "failed_fetch_leaves_nothing",
                     "interrupted_fetch_is_continued", "compile_error_is_shown", "old_compiler_is_refused",
                     "named_torch_is_checked", "device_is_checked", "cuda_fetches_dependencies",
-                    "moved_folder_is_configured_afresh", "test_counts_cases", "test_without_a_match"),
+                    "moved_folder_is_configured_afresh", "test_of_a_plugin_builds_its_checks", "test_counts_cases", "test_without_a_match"),
     [](const auto& info) { return std::string(info.param); });
 
 }  // namespace

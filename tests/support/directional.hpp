@@ -1,5 +1,6 @@
 // A model's gradients against central differences along random directions, one parameter at a time.
 #pragma once
+#include <ATen/Context.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/randn.h>
@@ -12,8 +13,12 @@
 
 namespace tessera {
 
+// What a block draws from libtorch's generator is drawn alike in every pass that begins with this.
+inline void draw_alike() { at::manual_seed(5); }
+
 // The training loss, auxiliary losses included.
 inline double total_loss(Model& model, const Batch& batch) {
+  draw_alike();
   at::NoGradGuard no_grad;
   const double value = model.loss(batch, denominators(model.plan(), batch), /*training=*/true).value.item<double>();
   model.take_counts();
@@ -21,6 +26,7 @@ inline double total_loss(Model& model, const Batch& batch) {
 }
 
 inline void backward(Model& model, const Batch& batch) {
+  draw_alike();
   at::AutoGradMode grad_mode(true);
   model.store().zero_grad();
   torch::autograd::backward({model.loss(batch, denominators(model.plan(), batch), /*training=*/true).total}, {});
