@@ -28,8 +28,9 @@ HfTable moe_hf() {
 }
 
 std::string nearest_divisors(int64_t value, int64_t wanted, int64_t limit) {
+  constexpr int64_t kMost = 1 << 22;  // tried: more take a while, and nobody has so many groups
   int64_t below = 0, above = 0;
-  for (int64_t d = 1; d <= std::min(value, limit); ++d) {
+  for (int64_t d = 1; d <= std::min({value, limit, kMost}); ++d) {
     if (value % d) continue;
     if (d <= wanted) below = d;
     else if (!above) above = d;

@@ -22,7 +22,7 @@ class Mtp final : public Head {
 
   static Schema<Config> schema() {
     Schema<Config> s;
-    s.field("depths", &Config::depths, "passes, each of which looks one token further").unit("tokens").range(1);
+    s.field("depths", &Config::depths, "passes, each of which looks one token further").unit("tokens").range(1, 1024);
     s.field("repeated", &Config::repeated, "one set of weights for all passes").hf({"mtp_use_repeated_layer"});
     s.field("loss_scale", &Config::loss_scale, "factor on the mean over the passes of their losses").range(0).hf({"mtp_loss_scaling_factor"});
     return s;

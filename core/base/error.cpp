@@ -7,11 +7,31 @@
 namespace tessera {
 
 namespace {
-bool has_place(const std::string& message) { return message.find(": error: ") != std::string::npos; }
+constexpr size_t kMostIssues = 50;
+
+// A message that begins with a place, `file:12:3: error: ...`, says already that it is an error.
+bool has_place(const std::string& message) {
+  const std::string first = message.substr(0, message.find('\n'));
+  return first.starts_with("error: ") || first.find(": error: ") != std::string::npos;
+}
+
+// Names and values of a file that is not trusted stand in messages: what would move a terminal's cursor or change its colours shows as `?`,
+// and a name of megabytes is cut.
+std::string printable(std::string text) {
+  constexpr size_t kLongest = 32768;
+  if (text.size() > kLongest) {
+    size_t end = kLongest;
+    while (end > 0 && (static_cast<unsigned char>(text[end]) & 0xc0) == 0x80) --end;  // not inside a character
+    text = text.substr(0, end) + "...";
+  }
+  for (char& c : text)
+    if ((static_cast<unsigned char>(c) < 0x20 && c != '\n') || c == 0x7f) c = '?';
+  return text;
+}
 }  // namespace
 
 Error::Error(ExitCode code, std::string message, std::string help)
-    : code_(code), message_(std::move(message)), help_(std::move(help)) {
+    : code_(code), message_(printable(std::move(message))), help_(printable(std::move(help))) {
   what_ = has_place(message_) ? message_ : "error: " + message_;
   if (!help_.empty()) what_ += "\nhelp: " + help_;
 }
@@ -37,13 +57,14 @@ void Issues::raise() const {
   auto sorted = list_;
   std::stable_sort(sorted.begin(), sorted.end(), [](const Issue& a, const Issue& b) { return line_column(a.place) < line_column(b.place); });
   std::string text;
-  for (const Issue& issue : sorted) {
+  for (size_t i = 0; i < std::min(sorted.size(), kMostIssues); ++i) {
+    const Issue& issue = sorted[i];
     if (!text.empty()) text += "\n";
     text += issue.place.empty() ? "error: " : issue.place + ": error: ";
     text += issue.key + ": " + issue.rule;
     if (!issue.help.empty()) text += "\nhelp: " + issue.help;
   }
-  if (text.starts_with("error: ")) text = text.substr(7);
+  if (sorted.size() > kMostIssues) text += "\nerror: " + std::to_string(sorted.size() - kMostIssues) + " more mistakes";
   throw Error(ExitCode::kUsage, text);
 }
 
@@ -51,6 +72,8 @@ std::string nearest(const std::string& word, const std::vector<std::string>& can
   std::string best;
   size_t best_distance = word.size() / 3 + 1;
   for (const std::string& candidate : candidates) {
+    const auto [shorter, longer] = std::minmax(word.size(), candidate.size());
+    if (longer - shorter > best_distance) continue;
     std::vector<size_t> row(candidate.size() + 1);
     std::iota(row.begin(), row.end(), size_t{0});
     for (size_t i = 1; i <= word.size(); ++i) {

@@ -47,18 +47,28 @@ std::string words(const std::vector<std::string>& values) {
   return out;
 }
 
-std::string plain(double bound) { return bound == std::floor(bound) && std::abs(bound) < 1e15 ? fmt::format("{}", static_cast<int64_t>(bound)) : fmt::format("{}", bound); }
+std::string plain(double bound) {
+  if (bound >= 0x1p63) return fmt::format("{}", std::numeric_limits<int64_t>::max());
+  return bound == std::floor(bound) && std::abs(bound) < 1e15 ? fmt::format("{}", static_cast<int64_t>(bound)) : fmt::format("{}", bound);
+}
 
-bool bounded(const Field& f) { return !std::isinf(f.min_) || !std::isinf(f.max_); }
+// A size without an upper bound of its own has this one, so that the product of two fits into 64 bits.
+double upper(const Field& f) {
+  constexpr double kMany = 1e9;
+  const bool sizes = std::holds_alternative<int64_t>(f.default_value) || std::holds_alternative<std::vector<int64_t>>(f.default_value);
+  return sizes && std::isinf(f.max_) ? kMany : f.max_;
+}
+
+bool bounded(const Field& f) { return !std::isinf(f.min_) || !std::isinf(upper(f)); }
 
 std::string interval(const Field& f) {
   std::string low = std::isinf(f.min_) ? "(-inf" : (f.above_min_ ? "(" : "[") + plain(f.min_);
-  return low + ", " + (std::isinf(f.max_) ? "inf)" : plain(f.max_) + "]");
+  return low + ", " + (std::isinf(upper(f)) ? "inf)" : plain(upper(f)) + "]");
 }
 
 std::string broken_number(const Field& f, double value, const std::string& text) {
   if (std::isnan(value) || (f.finite_ && std::isinf(value))) return "must be finite, got " + text;
-  if (value < f.min_ || value > f.max_ || (f.above_min_ && value <= f.min_)) return fmt::format("must be in {}, got {}", interval(f), text);
+  if (value < f.min_ || value > upper(f) || (f.above_min_ && value <= f.min_)) return fmt::format("must be in {}, got {}", interval(f), text);
   return {};
 }
 }  // namespace

@@ -35,6 +35,19 @@ std::optional<int64_t> step_of(const fs::path& folder) {
   return step;
 }
 
+// A part of a state.json that may have been edited.
+const json& part(const json& object, const char* key, const fs::path& file) {
+  const auto found = object.is_object() ? object.find(key) : object.end();
+  if (!object.is_object() || found == object.end()) throw Error(ExitCode::kRuntime, fmt::format("{}: not a checkpoint's state: has no '{}'", file.string(), key));
+  return *found;
+}
+
+int64_t count(const json& object, const char* key, const fs::path& file) {
+  const json& value = part(object, key, file);
+  if (value.is_number_unsigned() && value.get<uint64_t>() <= static_cast<uint64_t>(INT64_MAX)) return value.get<int64_t>();
+  throw Error(ExitCode::kRuntime, fmt::format("{}: not a checkpoint's state: {} must be an integer in [0, 2^63), got {}", file.string(), key, shorten(value.dump())));
+}
+
 std::string some(const std::vector<std::string>& names) {
   constexpr size_t kMost = 20;
   std::vector<std::string> head(names.begin(), names.begin() + static_cast<std::ptrdiff_t>(std::min(names.size(), kMost)));
@@ -129,7 +142,8 @@ void prune_checkpoints(const fs::path& folder, int64_t keep) {
 
 OpenCheckpoint open_checkpoint(const fs::path& given, bool verify) {
   fs::path folder = given;
-  if (!fs::is_directory(folder)) throw Error(ExitCode::kRuntime, fmt::format("{}: no such folder", folder.string()), "name a run's folder or one of its checkpoints/step-N");
+  std::error_code code;
+  if (!fs::is_directory(folder, code)) throw Error(ExitCode::kRuntime, fmt::format("{}: no such folder", folder.string()), "name a run's folder or one of its checkpoints/step-N");
   if (!fs::exists(folder / "state.json")) {
     for (const fs::path& below : {folder / "checkpoints", folder})
       if (auto all = list_checkpoints(below); !all.empty()) {
@@ -145,26 +159,25 @@ OpenCheckpoint open_checkpoint(const fs::path& given, bool verify) {
   const fs::path file = folder / "state.json";
   const json document = strict_json(read_file(file, int64_t{64} << 20), file.string(), 64);
   CheckpointState state;
-  try {
-    if (document.at("format").get<int64_t>() > kFormat)
-      throw Error(ExitCode::kRuntime, fmt::format("{}: format {} is newer than this program's {}", file.string(), document.at("format").get<int64_t>(), kFormat));
-    state.step = document.at("step").get<int64_t>();
-    state.tokens = document.at("tokens").get<int64_t>();
-    state.data = document.at("data");
-    state.hf = document.at("hf");
-    state.extra = document.at("extra");
-    state.optimizer_steps = document.value("optimizer_steps", state.step);
-    for (const auto& [name, facts] : document.at("files").items()) {
-      const fs::path path = folder / fs::path(name).filename();
-      if (!fs::is_regular_file(path)) throw Error(ExitCode::kRuntime, fmt::format("{}: missing from the checkpoint", path.string()));
-      const auto bytes = facts.at("bytes").get<int64_t>();
-      const auto size = static_cast<int64_t>(fs::file_size(path));
-      if (size != bytes) throw Error(ExitCode::kRuntime, fmt::format("{}: damaged: {} bytes, {} when it was written", path.string(), size, bytes), "take an older checkpoint");
-      if (verify && crc_of(path) != facts.at("crc32").get<uint32_t>())
-        throw Error(ExitCode::kRuntime, fmt::format("{}: damaged: its CRC-32 is not that of when it was written", path.string()), "take an older checkpoint");
-    }
-  } catch (const json::exception& error) {
-    throw Error(ExitCode::kRuntime, fmt::format("{}: not a checkpoint's state: {}", file.string(), error.what()));
+  if (const int64_t format = count(document, "format", file); format > kFormat)
+    throw Error(ExitCode::kRuntime, fmt::format("{}: format {} is newer than this program's {}", file.string(), format, kFormat));
+  state.step = count(document, "step", file);
+  state.tokens = count(document, "tokens", file);
+  state.data = part(document, "data", file);
+  state.hf = part(document, "hf", file);
+  state.extra = part(document, "extra", file);
+  state.optimizer_steps = document.contains("optimizer_steps") ? count(document, "optimizer_steps", file) : state.step;
+  const json& files = part(document, "files", file);
+  if (!files.is_object()) throw Error(ExitCode::kRuntime, fmt::format("{}: not a checkpoint's state: files must be an object, got {}", file.string(), files.type_name()));
+  for (const auto& [name, facts] : files.items()) {
+    const fs::path path = folder / fs::path(name).filename();
+    std::error_code code;
+    if (!fs::is_regular_file(path, code)) throw Error(ExitCode::kRuntime, fmt::format("{}: missing from the checkpoint", path.string()));
+    const int64_t bytes = count(facts, "bytes", file), checksum = count(facts, "crc32", file);
+    const auto size = static_cast<int64_t>(fs::file_size(path));
+    if (size != bytes) throw Error(ExitCode::kRuntime, fmt::format("{}: damaged: {} bytes, {} when it was written", path.string(), size, bytes), "take an older checkpoint");
+    if (verify && crc_of(path) != checksum)
+      throw Error(ExitCode::kRuntime, fmt::format("{}: damaged: its CRC-32 is not that of when it was written", path.string()), "take an older checkpoint");
   }
   OpenCheckpoint open{.folder = folder, .state = std::move(state), .model = SafetensorsFolder::open(folder)};
   if (SafetensorsFolder::exists(folder, "optimizer")) open.optimizer = SafetensorsFolder::open(folder, "optimizer");

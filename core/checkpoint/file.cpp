@@ -41,6 +41,9 @@ struct Descriptor {
   }
 };
 
+// A pipe without a writer must not be waited for: it is refused like everything that is no regular file.
+int open_to_read(const fs::path& path) { return ::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK); }
+
 int64_t regular_size(const fs::path& path, int fd) {
   struct stat info;
   if (::fstat(fd, &info) != 0) fail_read(path, "cannot be examined", errno);
@@ -94,7 +97,7 @@ void write_file(const fs::path& path, std::string_view text) {
 }
 
 std::string read_file(const fs::path& path, int64_t max_bytes) {
-  const Descriptor file{::open(path.c_str(), O_RDONLY | O_CLOEXEC)};
+  const Descriptor file{open_to_read(path)};
   if (file.fd < 0) fail_read(path, "cannot be opened", errno);
   const int64_t size = regular_size(path, file.fd);
   if (size > max_bytes)
@@ -195,7 +198,7 @@ nlohmann::json strict_json(std::string_view text, const std::string& place, int 
 }
 
 MappedFile::MappedFile(const fs::path& path) : path_(path) {
-  const Descriptor file{::open(path.c_str(), O_RDONLY | O_CLOEXEC)};
+  const Descriptor file{open_to_read(path)};
   if (file.fd < 0) fail_read(path, "cannot be opened", errno);
   size_ = regular_size(path, file.fd);
   if (size_ == 0) return;

@@ -189,11 +189,13 @@ bool SafetensorsFolder::exists(const fs::path& folder, const std::string& stem) 
 SafetensorsFolder SafetensorsFolder::open(const fs::path& path, const std::string& stem) {
   SafetensorsFolder folder;
   folder.path_ = path;
-  if (fs::is_directory(path)) {
+  std::error_code code;
+  if (fs::is_directory(path, code)) {
     const fs::path one = path / (stem + ".safetensors"), index = path / (stem + ".safetensors.index.json");
-    if (fs::exists(one) && fs::exists(index)) fail(path, "holds both {} and {}", one.filename().string(), index.filename().string());
-    if (!fs::exists(one) && !fs::exists(index)) fail(path, "holds neither {} nor {}", one.filename().string(), index.filename().string());
-    folder.path_ = fs::exists(one) ? one : index;
+    const bool has_one = fs::exists(one, code), has_index = fs::exists(index, code);
+    if (has_one && has_index) fail(path, "holds both {} and {}", one.filename().string(), index.filename().string());
+    if (!has_one && !has_index) fail(path, "holds neither {} nor {}", one.filename().string(), index.filename().string());
+    folder.path_ = has_one ? one : index;
   }
   if (folder.path_.extension() != ".json") {
     folder.files_.push_back(SafetensorsFile::open(folder.path_));
@@ -212,7 +214,7 @@ SafetensorsFolder SafetensorsFolder::open(const fs::path& path, const std::strin
     const auto [it, is_new] = number.emplace(file, folder.files_.size());
     if (is_new) {
       const fs::path shard_path = index_path.parent_path() / file;
-      if (!fs::exists(shard_path)) fail(index_path, "shard {} of tensor '{}' is missing", file, name);
+      if (!fs::exists(shard_path, code)) fail(index_path, "shard {} of tensor '{}' is missing", file, name);
       folder.files_.push_back(SafetensorsFile::open(shard_path));
     }
     if (folder.files_[it->second].find(name) == nullptr) fail(index_path, "shard {} does not hold tensor '{}'", file, name);

@@ -33,6 +33,7 @@ std::unique_ptr<Runnable> open_runnable(const std::string& folder, const std::ve
 }
 
 Mesh parse_mesh(const std::string& text) {
+  constexpr int64_t kMostRanks = 1 << 20;  // of one axis, as in [parallelism]
   Mesh mesh;
   const std::vector<std::pair<std::string, int64_t*>> axes{{"pp", &mesh.pp}, {"dp_replicate", &mesh.dp_replicate}, {"dp_shard", &mesh.dp_shard}, {"cp", &mesh.cp},
                                                            {"tp", &mesh.tp}, {"ep", &mesh.ep}, {"etp", &mesh.etp}};
@@ -47,8 +48,8 @@ Mesh parse_mesh(const std::string& text) {
     int64_t value = 0;
     const char* last = part.data() + part.size();
     if (!to) throw Error(ExitCode::kUsage, fmt::format("--mesh: \"{}\" must be AXIS=DEGREE", part), "axes: pp, dp_replicate, dp_shard, cp, tp, ep, etp");
-    if (auto [stop, error] = std::from_chars(part.data() + equals + 1, last, value); error != std::errc() || stop != last || value < 1)
-      throw Error(ExitCode::kUsage, fmt::format("--mesh: {} must be an integer of at least 1, got \"{}\"", part.substr(0, equals), part.substr(equals + 1)));
+    if (auto [stop, error] = std::from_chars(part.data() + equals + 1, last, value); error != std::errc() || stop != last || value < 1 || value > kMostRanks)
+      throw Error(ExitCode::kUsage, fmt::format("--mesh: {} must be an integer in [1, {}], got \"{}\"", part.substr(0, equals), kMostRanks, part.substr(equals + 1)));
     *to = value;
     begin = end + 1;
   }

@@ -5,6 +5,7 @@
 
 #include <iostream>
 
+#include "cli/limits.hpp"
 #include "cli/verbs.hpp"
 
 namespace tessera {
@@ -31,7 +32,7 @@ void add_convert(CLI::App& app, Run& run) {
   verb->add_option("--to", o->to, "layout to write")->required()->check(CLI::IsMember({"hf", "tessera"}));
   verb->add_option("--waive", o->convert.waived, "a key of config.json to import without; as often as wanted")->take_all()->expected(1)->allow_extra_args(false)->type_name("KEY");
   verb->add_option("--dtype", o->dtype, "of all parameters; default: each as in its source")->check(CLI::IsMember({"float32", "bfloat16", "float16"}));
-  verb->add_option("--max-shard-bytes", o->convert.max_shard_bytes, "data of one file")->check(CLI::PositiveNumber);
+  verb->add_option("--max-shard-bytes", o->convert.max_shard_bytes, "data of one file")->check(whole(1));
   add_sets(*verb, o->convert.sets);
   verb->callback([o, &run] {
     run = [o] {

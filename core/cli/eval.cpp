@@ -4,6 +4,7 @@
 #include <iostream>
 #include <nlohmann/json.hpp>
 
+#include "cli/limits.hpp"
 #include "cli/verbs.hpp"
 #include "plugin/program.hpp"
 #include "train/evaluate.hpp"
@@ -20,7 +21,7 @@ void add_eval(CLI::App& app, Run& run) {
   auto o = std::make_shared<Options>();
   CLI::App* verb = app.add_subcommand("eval", "held-out loss of a checkpoint, and perplexity by position");
   verb->add_option("CHECKPOINT", o->checkpoint, "a run or one of its checkpoints")->required();
-  verb->add_option("--tokens", o->tokens, "held-out tokens; default: [validation] tokens")->check(CLI::PositiveNumber);
+  verb->add_option("--tokens", o->tokens, "held-out tokens; default: [validation] tokens")->check(whole(1));
   verb->add_flag("--json", o->json, "one JSON document on stdout");
   add_sets(*verb, o->sets);
   verb->callback([o, &run] {

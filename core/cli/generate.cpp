@@ -5,6 +5,7 @@
 #include <cstdio>
 #include <iostream>
 
+#include "cli/limits.hpp"
 #include "cli/verbs.hpp"
 
 namespace tessera {
@@ -69,10 +70,10 @@ void add_generate(CLI::App& app, Run& run) {
   verb->add_option("CHECKPOINT", o->checkpoint, "a run or one of its checkpoints")->required();
   auto* prompt = verb->add_option("--prompt", o->prompt, "text; needs a byte vocabulary");
   auto* ids = verb->add_option("--prompt-ids", o->prompt_ids, "token ids, 1,2,3");
-  verb->add_option("--max-new-tokens", o->generate.max_new_tokens, "tokens to make")->capture_default_str()->check(CLI::NonNegativeNumber);
-  verb->add_option("--temperature", o->generate.temperature, "0: the likeliest token")->capture_default_str()->check(CLI::NonNegativeNumber);
-  verb->add_option("--top-p", o->generate.top_p, "smallest set of tokens whose probability reaches it")->capture_default_str()->check(CLI::Range(0.0, 1.0));
-  verb->add_option("--seed", o->generate.seed, "of the draws")->capture_default_str();
+  verb->add_option("--max-new-tokens", o->generate.max_new_tokens, "tokens to make")->capture_default_str()->check(whole(0));
+  verb->add_option("--temperature", o->generate.temperature, "0: the likeliest token")->capture_default_str()->check(number(0));
+  verb->add_option("--top-p", o->generate.top_p, "smallest set of tokens whose probability reaches it")->capture_default_str()->check(number(0, 1));
+  verb->add_option("--seed", o->generate.seed, "of the draws")->capture_default_str()->check(whole(0));
   add_sets(*verb, o->sets);
   verb->callback([o, prompt, ids, &run] {
     o->has_prompt = prompt->count() > 0;

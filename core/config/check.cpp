@@ -10,6 +10,10 @@
 namespace tessera {
 
 namespace {
+constexpr int64_t kMostLayers = 10'000;   // of all stacks: each is planned by itself
+constexpr double kMostElements = 0x1p60;  // of all tensors
+constexpr double kMostRanks = 0x1p30;
+
 // Keys that are named already: a rule that rests on one of them would repeat the mistake, or compute with a value that was never read.
 class Known {
  public:
@@ -92,6 +96,10 @@ void check_batch(const TrainingConfig& t, const Mesh& mesh, const Known& known, 
 void check_mesh(const Config& c, const Mesh& mesh, const Known& known, Issues& issues) {
   if (c.parallelism.data_parallel_shard_degree == 0) issues.add("parallelism.data_parallel_shard_degree", "must be at least 1, or -1 for the ranks that are left, got 0");
   if (known.has_table("parallelism")) return;
+  double world = 1;
+  for (const int64_t axis : {mesh.pp, mesh.dp_replicate, mesh.dp_shard, mesh.cp, mesh.tp}) world *= static_cast<double>(axis);
+  if (world > kMostRanks) return issues.add("parallelism", fmt::format("must make at most {:.0f} ranks, got pp {} x dp_replicate {} x dp_shard {} x cp {} x tp {} = {:.0f}", kMostRanks,
+                                                                       mesh.pp, mesh.dp_replicate, mesh.dp_shard, mesh.cp, mesh.tp, world));
   const int64_t experts = mesh.ep * mesh.etp, ranks = mesh.dp_shard * mesh.cp * mesh.tp;
   if (ranks % experts != 0)
     issues.add("parallelism.expert_parallel_degree",
@@ -108,6 +116,48 @@ void check_load(const CheckpointConfig& c, Issues& issues) {
     if (entry.find('=') == std::string::npos) issues.add("checkpoint.initial_load_map", fmt::format("each entry must be \"from=to\", got {}", shorten(to_toml(Value(entry)))));
 }
 
+int64_t num_layers(const Config& config, int64_t num_sets) {
+  return static_cast<int64_t>(config.pattern.main.size() + config.pattern.head.size() * static_cast<size_t>(num_sets));
+}
+
+// Of the head: how often its inner stack stands in the model.
+int64_t num_head_sets(const HeadBinding& head) {
+  int64_t sets = 0;
+  for (const HeadPass& pass : head.type->passes(head.config)) sets = std::max(sets, pass.weight_set + 1);
+  return sets;
+}
+
+double num_elements_of(const ParamTable& params) {
+  double sum = 0;
+  for (const Param& param : params) {
+    double product = 1;
+    for (const int64_t size : param.shape) product *= static_cast<double>(size);
+    sum += product;
+  }
+  return sum;
+}
+
+// Elements are counted in 64 bits from here on. Asks blocks whose own rules hold.
+void check_size(const Config& c, const Env& env, Issues& issues) {
+  const int64_t sets = c.head ? num_head_sets(*c.head) : 0;
+  if (const int64_t layers = num_layers(c, sets); layers > kMostLayers)
+    return issues.add("heads." + c.head->name, fmt::format("must make at most {} layers, got {} + {} sets of {} = {}", kMostLayers, c.pattern.main.size(), sets, c.pattern.head.size(), layers));
+  double elements = static_cast<double>(c.model.vocab_size) * static_cast<double>(c.model.hidden_size) * (c.model.tie_embeddings ? 1 : 2);
+  const auto stack = [&](const std::vector<PatternLayer>& layers, double times) {
+    std::map<char, double> counts;
+    for (const PatternLayer& layer : layers) ++counts[layer.symbol];
+    for (const auto& [symbol, count] : counts) {
+      const Binding& b = c.binding(symbol);
+      elements += times * count * (num_elements_of(b.type->params(b.config, env)) + static_cast<double>(c.model.hidden_size));
+    }
+  };
+  stack(c.pattern.main, 1);
+  stack(c.pattern.head, static_cast<double>(sets));
+  if (c.head) elements += static_cast<double>(sets) * num_elements_of(c.head->type->params(c.head->config, env));
+  if (elements > kMostElements)
+    issues.add("model", fmt::format("must have at most {:.0f} parameters (2^60), got {:.4g} in {} layers of hidden_size {}", kMostElements, elements, num_layers(c, sets), c.model.hidden_size));
+}
+
 bool same_data(const DataConfig& a, const DataConfig& b) {
   const auto fields = data_schema();
   return a.mixture.empty() && b.mixture.empty() &&
@@ -122,6 +172,8 @@ void check_config(const Config& config, const Mesh& mesh, Issues& issues) {
   for (const ConfigTable& table : config_tables()) check_fields(table.name, table.fields, table.of(const_cast<Config&>(config)), known, issues);
   if (const std::string key = "model.hybrid_override_pattern"; !known.has(key) && !config.model.hybrid_override_pattern.empty())
     check_pattern(config.model.hybrid_override_pattern, key, issues);
+  if (const int64_t layers = num_layers(config, 1); layers > kMostLayers)
+    issues.add("model.hybrid_override_pattern", fmt::format("must have at most {} layers, got {}", kMostLayers, layers));
   check_schedule(config, known, issues);
   check_batch(config.training, mesh, known, issues);
   check_mesh(config, mesh, known, issues);
@@ -149,6 +201,7 @@ void check_config(const Config& config, const Mesh& mesh, Issues& issues) {
     const std::string table = "heads." + config.head->name;
     if (!known.has_table(table)) check_element(table, *config.head->type, config.head->config, env, issues);
   }
+  if (issues.empty()) check_size(config, env, issues);
 }
 
 Env make_env(const Config& config, const Mesh& mesh) {

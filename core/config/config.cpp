@@ -160,7 +160,7 @@ class Loader {
     const auto schema = data_component_schema();
     for (size_t i = 0; i < list->entries.size(); ++i) {
       DataComponent& component = config_.data.mixture.emplace_back();
-      read_fields(fmt::format("data.mixture[{}]", i), list->entries[i].second, schema, &component);
+      read_fields(fmt::format("data.mixture[{}]", i), list->entries[i].node, schema, &component);
     }
   }
 
@@ -371,8 +371,12 @@ class Loader {
 };
 
 std::string read_text(const std::filesystem::path& file) {
+  if (file.empty()) throw Error(ExitCode::kUsage, "the name of the configuration file is empty");
   std::error_code code;
-  if (std::filesystem::is_directory(file, code)) throw Error(ExitCode::kUsage, file.string() + ": error: is a folder, not a configuration file");
+  const auto status = std::filesystem::status(file, code);
+  if (std::filesystem::is_directory(status)) throw Error(ExitCode::kUsage, file.string() + ": error: is a folder, not a configuration file");
+  if (std::filesystem::exists(status) && !std::filesystem::is_regular_file(status))
+    throw Error(ExitCode::kUsage, file.string() + ": error: is a device or pipe, not a configuration file");
   std::ifstream in(file, std::ios::binary);
   if (!in) throw Error(ExitCode::kUsage, file.string() + ": error: the configuration file cannot be opened");
   constexpr size_t kEnough = (1 << 20) + 1;  // what parse_toml refuses

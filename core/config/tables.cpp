@@ -5,6 +5,7 @@ namespace tessera {
 
 namespace {
 constexpr double kMany = 1e9;  // rows or steps: beyond it, products of two sizes would leave 64 bits
+constexpr double kAny = 0x1p63;  // a seed is any integer
 
 template <class T, T Config::*kMember>
 void* member(Config& config) {
@@ -41,7 +42,7 @@ Fields training() {
   s.field("steps", &C::steps, "optimizer steps of the run").unit("steps").range(1, kMany);
   s.field("device", &C::device, "auto: a GPU where there is one").choices({"auto", "cpu", "cuda"});
   s.field("dtype", &C::dtype, "compute dtype; auto: what this machine is fast in").choices({"auto", "float32", "bfloat16"});
-  s.field("seed", &C::seed, "of initial values and data order").range(0);
+  s.field("seed", &C::seed, "of initial values and data order").range(0, kAny);
   s.field("max_norm", &C::max_norm, "gradients are scaled down to this norm; 0: never").range(0);
   s.field("deterministic", &C::deterministic, "the same run gives the same numbers, bit for bit");
   s.field("on_nonfinite", &C::on_nonfinite, "what a non-finite gradient norm does: end the run, or leave the step out").choices({"stop", "skip"});

@@ -80,7 +80,7 @@ class Reader {
     for (const auto& [key, value] : from) {
       TomlNode child = read(value, depth + 1);
       child.key_place = place(key.source());
-      node.entries.emplace_back(std::string(key.str()), std::move(child));
+      node.entries.push_back({std::string(key.str()), std::move(child)});
     }
     return node;
   }
@@ -114,7 +114,7 @@ class Reader {
   void array(const toml::array& from, TomlNode& node, int depth) const {
     if (from.is_array_of_tables()) {
       node.kind = TomlNode::Kind::kTables;
-      for (const auto& n : from) node.entries.emplace_back(std::to_string(node.entries.size()), table(*n.as_table(), depth + 1));
+      for (const auto& n : from) node.entries.push_back({std::to_string(node.entries.size()), table(*n.as_table(), depth + 1)});
       return;
     }
     const bool integers = std::all_of(from.begin(), from.end(), [](const toml::node& n) { return n.is_integer(); });
@@ -181,20 +181,23 @@ std::optional<std::vector<std::string>> split_key(std::string_view text, size_t&
   }
 }
 
-// Puts `from`, a chain of tables that ends in a value, over `into`.
+// Puts the keys of `from` over those of `into`; what is no table in both is replaced.
 void merge(TomlNode& into, TomlNode from, const std::string& path, Issues& issues) {
-  auto& [key, value] = from.entries.front();
-  const std::string name = path.empty() ? toml_key(key) : path + "." + toml_key(key);
-  const auto at = std::find_if(into.entries.begin(), into.entries.end(), [&](const auto& e) { return e.first == key; });
-  const bool new_table = value.kind == TomlNode::Kind::kTable && value.entries.size() == 1;
-  if (at == into.entries.end()) {
-    into.entries.emplace_back(key, std::move(value));
-  } else if (at->second.kind == TomlNode::Kind::kTable && new_table) {
-    merge(at->second, std::move(value), name, issues);
-  } else if (at->second.kind == TomlNode::Kind::kTable && value.kind != TomlNode::Kind::kTable) {
-    issues.add({name, fmt::format("is a table, got {}", value.describe()), fmt::format("set one of its keys, as in {}.KEY=VALUE", name), value.place});
-  } else {
-    at->second = std::move(value);
+  for (TomlEntry& entry : from.entries) {
+    const std::string& key = entry.key;
+    TomlNode& value = entry.node;
+    const std::string name = path.empty() ? toml_key(key) : path + "." + toml_key(key);
+    const auto at = std::find_if(into.entries.begin(), into.entries.end(), [&](const TomlEntry& e) { return e.key == key; });
+    const bool table = value.kind == TomlNode::Kind::kTable;
+    if (at == into.entries.end()) {
+      into.entries.push_back({key, std::move(value)});
+    } else if (at->node.kind == TomlNode::Kind::kTable && table) {
+      merge(at->node, std::move(value), name, issues);
+    } else if (at->node.kind == TomlNode::Kind::kTable) {
+      issues.add({name, fmt::format("is a table, got {}", value.describe()), fmt::format("set one of its keys, as in {}.KEY=VALUE", name), value.place});
+    } else {
+      at->node = std::move(value);
+    }
   }
 }
 }  // namespace
@@ -258,9 +261,9 @@ void apply_set(TomlNode& root, const std::string& set, Issues& issues) {
     TomlNode chain = parse(path + " = " + text, label, label);
     const TomlNode* node = &chain;
     for (const std::string& part : *parts) {
-      if (node->kind != TomlNode::Kind::kTable || node->entries.size() != 1 || node->entries[0].first != part)
+      if (node->kind != TomlNode::Kind::kTable || node->entries.size() != 1 || node->entries[0].key != part)
         throw Error(ExitCode::kUsage, label + ": error: more than one value");
-      node = &node->entries[0].second;
+      node = &node->entries[0].node;
     }
     return chain;
   };

@@ -2,13 +2,14 @@
 #pragma once
 #include <string>
 #include <string_view>
-#include <utility>
 #include <vector>
 
 #include "tessera/error.hpp"
 #include "tessera/schema.hpp"
 
 namespace tessera {
+
+struct TomlEntry;
 
 struct TomlNode {
   enum class Kind { kTable, kTables, kValue, kOther };  // kTables: an array of tables; kOther: dates, and arrays that no Value can hold
@@ -17,13 +18,18 @@ struct TomlNode {
   std::string text;        // of kOther: `the date 2026-01-01`
   std::string place;       // of the value or of the table's header: `file:line:col`, or `--set a.b=c`
   std::string key_place;   // of its key
-  std::vector<std::pair<std::string, TomlNode>> entries;  // of a table, in the order of the keys; of an array of tables, under "0", "1", ...
+  std::vector<TomlEntry> entries;  // of a table, in the order of the keys; of an array of tables, under "0", "1", ...
 
   const TomlNode* find(std::string_view key) const;
   // The node nearest to `path` ("data.mixture[1].path"): itself, or the table it would be in.
   const TomlNode& at(std::string_view path) const;
   // What it is, for messages: `the string "a"`, `a table`.
   std::string describe() const;
+};
+
+struct TomlEntry {
+  std::string key;
+  TomlNode node;
 };
 
 // Throws Error(kUsage) `name:line:col: error: ...` on malformed TOML, on more than 1 MiB, and on nesting that no configuration has.

@@ -38,7 +38,7 @@ Schema<DataConfig> data_schema() {
   Schema<DataConfig> schema;
   source_fields(schema, {"bytes", "jsonl", "megatron", "random", "mixture"});
   schema.field("validation_fraction", &DataConfig::validation_fraction, "Share of the documents that is held out for validation.").range(0, 0.5);
-  schema.field("seed", &DataConfig::seed, "Of the order of documents, of the choice of held-out ones, and of random tokens.").range(0);
+  schema.field("seed", &DataConfig::seed, "Of the order of documents, of the choice of held-out ones, and of random tokens.").range(0, 0x1p63);
   return schema;
 }
 

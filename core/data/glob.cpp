@@ -58,7 +58,7 @@ std::vector<fs::path> glob(const std::string& pattern) {
   std::vector<std::string> parts;
   const fs::path path(pattern);
   for (const fs::path& part : path.relative_path())
-    if (!part.empty()) parts.push_back(part.string());
+    if (!part.empty() && !(part == "**" && !parts.empty() && parts.back() == "**")) parts.push_back(part.string());  // two say what one says, in many more ways
   // A final ** means the files in all those folders.
   if (!parts.empty() && parts.back() == "**") parts.push_back("*");
   std::set<std::string> found;  // by bytes: paths compare by components

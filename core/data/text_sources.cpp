@@ -11,6 +11,8 @@
 #include "data/hash.hpp"
 #include "data/source.hpp"
 #include "tessera/error.hpp"
+#include "tessera/schema.hpp"
+#include "tessera/schema.hpp"
 
 namespace tessera {
 namespace fs = std::filesystem;
@@ -23,6 +25,7 @@ std::vector<fs::path> matching_files(const std::string& pattern) {
   std::error_code code;
   if (fs::is_directory(pattern, code))
     throw Error(ExitCode::kRuntime, fmt::format("data.path: '{}' is a folder", pattern), fmt::format("'{}' names the files in it and below", (fs::path(pattern) / "**").string()));
+  if (fs::exists(pattern, code)) throw Error(ExitCode::kRuntime, fmt::format("data.path: '{}' is a device or pipe, not a regular file", pattern));
   throw Error(ExitCode::kRuntime, fmt::format("data.path: no file matches '{}'", pattern),
               fmt::format("paths are relative to the current folder, {}", fs::current_path(code).string()));
 }
@@ -128,7 +131,7 @@ class JsonlSource final : public Source {
     if (it == object.end()) {
       std::string keys;
       for (const auto& [key, unused] : object.items()) keys += (keys.empty() ? "" : ", ") + key;
-      throw Error(ExitCode::kRuntime, fmt::format("{}: has no field '{}'", document_name(document), field_), fmt::format("fields of this line: {}", keys));
+      throw Error(ExitCode::kRuntime, fmt::format("{}: has no field '{}'", document_name(document), field_), fmt::format("fields of this line: {}", shorten(keys)));
     }
     if (!it->is_string())
       throw Error(ExitCode::kRuntime, fmt::format("{}: field '{}' must be a string, got {}", document_name(document), field_, it->type_name()));

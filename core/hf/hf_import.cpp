@@ -19,8 +19,10 @@ std::string short_text(const json& value) {
   std::string text = hf_json_text(value);
   text.pop_back();
   std::erase(text, '\n');
-  return text.size() > 60 ? text.substr(0, 57) + "..." : text;
+  return shorten(text);
 }
+
+bool fits_int64(const json& x) { return x.is_number_integer() && !(x.is_number_unsigned() && x.get<uint64_t>() > static_cast<uint64_t>(INT64_MAX)); }
 
 // `json` as the alternative that `like` holds; nullopt when it is of another type.
 std::optional<Value> to_value(const json& j, const Value& like) {
@@ -33,7 +35,7 @@ std::optional<Value> to_value(const json& j, const Value& like) {
     }
     return Value(std::move(out));
   };
-  auto integer = [](const json& x) { return x.is_number_integer() ? std::optional(x.get<int64_t>()) : std::nullopt; };
+  auto integer = [](const json& x) { return fits_int64(x) ? std::optional(x.get<int64_t>()) : std::nullopt; };
   auto text = [](const json& x) { return x.is_string() ? std::optional(x.get<std::string>()) : std::nullopt; };
   auto wrap = [](auto optional) -> std::optional<Value> { return optional ? std::optional<Value>(*optional) : std::nullopt; };
   if (std::holds_alternative<bool>(like)) return j.is_boolean() ? std::optional<Value>(j.get<bool>()) : std::nullopt;
@@ -48,8 +50,12 @@ std::optional<Value> to_value(const json& j, const Value& like) {
 class Importer {
  public:
   Importer(const std::filesystem::path& file, const Registry& registry, const std::vector<std::string>& waived, std::vector<std::string>& notes)
-      : file_(file), registry_(registry), waived_(waived), notes_(notes), json_(read_hf_json(file)),
-        places_(hf_key_places(read_file(file), file.string())) {}
+      : file_(file), registry_(registry), waived_(waived), notes_(notes) {
+    constexpr int64_t kMaxBytes = 4 << 20;
+    const std::string text = read_file(file, kMaxBytes);
+    json_ = parse_hf_json(text, file.string());
+    places_ = hf_key_places(text, file.string());
+  }
 
   Config run() {
     check_values(hf::must_be());
@@ -98,7 +104,8 @@ class Importer {
         from = key;
         const auto value = to_value(json_[key], field.default_value);
         if (!value) {
-          issue(key, fmt::format("must be {} {}, got {}", std::holds_alternative<int64_t>(field.default_value) ? "an" : "a", type_name(field.default_value), short_text(json_[key])));
+          const bool integer = std::holds_alternative<int64_t>(field.default_value);
+          issue(key, fmt::format("must be {} {}, got {}", integer ? "an" : "a", integer ? domain(field) : type_name(field.default_value), short_text(json_[key])));
         } else if (const std::string rule = broken_rule(field, *value); !rule.empty()) {
           issue(key, rule);
         } else {
@@ -169,7 +176,7 @@ class Importer {
       if (!hf::present(json_, key)) continue;
       const std::string other = letters(key);
       if (from.empty()) text = other, from = key;
-      else if (other != text) issue(key, fmt::format("says '{}' where {} says '{}'", other, from, text));
+      else if (other != text) issue(key, fmt::format("says '{}' where {} says '{}'", shorten(other), from, shorten(text)));
     }
     if (from.empty() && needed) issue(keys[0], fmt::format("is missing: one of {} must give the layers", fmt::join(keys, ", ")));
     if (needed) pattern_key_ = from;
@@ -182,8 +189,8 @@ class Importer {
     if (!hf::present(json_, hf::kNumHeadSets)) return {};
     used_.insert(hf::kNumHeadSets);
     const json& sets = json_[hf::kNumHeadSets];
-    if (!sets.is_number_integer() || sets.get<int64_t>() < 0) {
-      issue(hf::kNumHeadSets, fmt::format("must be an integer of at least 0, got {}", short_text(sets)));
+    if (!fits_int64(sets) || sets.get<int64_t>() < 0) {
+      issue(hf::kNumHeadSets, fmt::format("must be an integer in [0, 2^63), got {}", short_text(sets)));
       return {};
     }
     num_head_sets_ = sets.get<int64_t>();
@@ -196,7 +203,7 @@ class Importer {
     claimed_.insert(hf::kNumLayers), used_.insert(hf::kNumLayers);
     if (!hf::present(json_, hf::kNumLayers) || pattern_key_.empty()) return;
     const json& n = json_[hf::kNumLayers];
-    if (!n.is_number_integer() || n.get<int64_t>() != length)
+    if (!fits_int64(n) || n.get<int64_t>() != length)
       issue(hf::kNumLayers, fmt::format("must equal the number of layers of {}, {}, got {}", pattern_key_, length, short_text(n)));
   }
 
@@ -222,6 +229,7 @@ class Importer {
     const ConfigPtr head = element(*type, "heads." + name);
     if (const Field* depths = type->fields().find("depths")) {
       depths->set(head.get(), Value(num_head_sets_));
+      if (const std::string rule = broken_rule(*depths, Value(num_head_sets_)); !rule.empty()) issue(hf::kNumHeadSets, rule);
     }
     config.head = HeadBinding{.name = name, .type = type, .config = head};
   }
@@ -263,6 +271,7 @@ class Importer {
     Issues found;
     check_config(config, Mesh{}, found);
     for (Issue& found_issue : found.list()) {
+      if (found_issue.key == "model.hybrid_override_pattern") found_issue.key = pattern_key_, found_issue.place = place(pattern_key_);
       for (const auto& entry : silent_) {
         if (!found_issue.key.starts_with(entry.table + ".")) continue;
         const Field* field = entry.type->fields().find(found_issue.key.substr(entry.table.size() + 1));

@@ -13,6 +13,7 @@ namespace tessera {
 
 namespace {
 constexpr std::string_view kNumbers[] = {"-Infinity", "Infinity", "NaN"};
+constexpr std::string_view kByteOrderMark = "\xef\xbb\xbf";
 constexpr const char* kBare = "__bare__";
 constexpr const char* kFloat = "__float__";
 
@@ -77,6 +78,7 @@ void append(std::string& out, const nlohmann::json& json, int indent) {
 }  // namespace
 
 nlohmann::json parse_hf_json(std::string_view text, const std::string& place) {
+  if (text.starts_with(kByteOrderMark)) text.remove_prefix(kByteOrderMark.size());
   nlohmann::json json;
   try {
     json = strict_json(without_bare_numbers(text), place, 32);

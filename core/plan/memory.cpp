@@ -1,5 +1,8 @@
 #include "plan/memory.hpp"
 
+#include <fmt/format.h>
+#include <unistd.h>
+
 #include <algorithm>
 
 namespace tessera {
@@ -63,6 +66,23 @@ MemoryPlan plan_memory(const ModelPlan& plan, const Config& config, const Mesh& 
     }
   memory.activations = element * (kept + largest + 2 * n * d) / static_cast<double>(mesh.cp * mesh.tp * mesh.pp);
   return memory;
+}
+
+void require_memory(const ModelPlan& plan, const TrainingConfig* training) {
+  constexpr double kGiB = 1 << 30;
+  const double machine = static_cast<double>(::sysconf(_SC_PHYS_PAGES)) * static_cast<double>(::sysconf(_SC_PAGESIZE));
+  double elements = 0, batch = 0;
+  for (const TensorRow& row : tensor_rows(plan)) elements += static_cast<double>(num_elements(row.shape()));
+  const double each = training ? 16 : 4;
+  std::string text = fmt::format("{:.0f} elements of {} bytes{} take {:.1f} GiB", elements, each, training ? ", gradient and optimizer included," : "", each * elements / kGiB);
+  if (training) {
+    const double micro = static_cast<double>(training->local_batch_size), rows = std::max(micro, static_cast<double>(training->global_batch_size));
+    const double element = training->dtype == "float32" ? 4 : 2, seq_len = static_cast<double>(training->seq_len);
+    batch = 8 * rows * seq_len + element * micro * seq_len * static_cast<double>(plan.env.hidden_size) * static_cast<double>(plan.layers.size());
+    text += fmt::format(" and {:.0f} rows of {:.0f} tokens, {:.0f} at a time through {} layers, at least {:.1f} GiB", rows, seq_len, micro, plan.layers.size(), batch / kGiB);
+  }
+  if (each * elements + batch > machine)
+    throw Error(ExitCode::kRuntime, fmt::format("{}, but this machine has {:.1f} GiB of memory", text, machine / kGiB), "`tessera plan` tells what a configuration needs");
 }
 
 }  // namespace tessera

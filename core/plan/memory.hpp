@@ -15,4 +15,8 @@ struct MemoryPlan {
 };
 MemoryPlan plan_memory(const ModelPlan& plan, const Config& config, const Mesh& mesh);
 
+// To be asked before anything is allocated. Throws Error(kRuntime) with the numbers where this machine's memory is less than what the tensors in
+// fp32 take and, with `training`, gradients, moments, the tokens of a step and each layer's input: what no recomputation spares.
+void require_memory(const ModelPlan& plan, const TrainingConfig* training = nullptr);
+
 }  // namespace tessera

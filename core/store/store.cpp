@@ -8,6 +8,7 @@
 #include <fmt/format.h>
 #include <torch/csrc/autograd/custom_function.h>
 
+#include "plan/memory.hpp"
 #include "store/init.hpp"
 
 namespace tessera {
@@ -57,6 +58,7 @@ struct GatherFunction : public torch::autograd::Function<GatherFunction> {
 
 Store::Store(const ModelPlan& plan, at::Device device, at::ScalarType compute_dtype, const std::vector<std::string>& freeze)
     : plan_(&plan), device_(device), compute_dtype_(compute_dtype) {
+  if (device.is_cpu()) require_memory(plan);
   add_unit("", plan.stem, {}, freeze);
   auto stack = [&](const std::vector<LayerPlan>& layers) {
     for (const LayerPlan& layer : layers)

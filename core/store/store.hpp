@@ -36,7 +36,7 @@ struct FlatGroup {
 
 class Store {
  public:
-  // Allocates the masters, uninitialised. `freeze` holds names or prefixes of parameters that are not trained. The plan must outlive the store.
+  // Allocates the masters, uninitialised, where this machine's memory can hold them (require_memory). `freeze` holds names or prefixes of parameters that are not trained. The plan must outlive the store.
   Store(const ModelPlan& plan, at::Device device, at::ScalarType compute_dtype, const std::vector<std::string>& freeze = {});
   Store(const Store&) = delete;
 

@@ -20,6 +20,7 @@
 #include "metrics/metrics_file.hpp"
 #include "metrics/progress.hpp"
 #include "model/model.hpp"
+#include "plan/memory.hpp"
 #include "plugin/program.hpp"
 #include "train/evaluate.hpp"
 #include "train/profile.hpp"
@@ -52,6 +53,7 @@ class Run {
     dtype_ = choose_dtype(config_.training.dtype, device_);
     config_.training.dtype = dtype_name(dtype_);
     plan_ = make_plan(config_);
+    if (device_.is_cpu()) require_memory(plan_, &config_.training);
     store_ = std::make_unique<Store>(plan_, device_, dtype_, config_.training.freeze);
     optimizer_ = std::make_unique<Optimizer>(*store_, config_.optimizer);
     dataset_ = Dataset::open(config_.data, config_.model.vocab_size, {{"libtorch", libtorch_include().string()}});

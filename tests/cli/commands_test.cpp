@@ -36,7 +36,7 @@ TEST_F(Commands, MistakesOfTheCommandLineEndWithTwo) {
   expect_usage({"train", "none.toml"}, "none.toml: error: ");
   expect_usage({"train", "tiny.toml", "--set", "training.sed=1"}, "--set training.sed=1: error: training.sed: unknown key\nhelp: did you mean 'seed'? ");
   expect_usage({"plan", "tiny.toml", "--mesh", "tq=2"}, "error: --mesh: \"tq=2\" must be AXIS=DEGREE\nhelp: axes: pp, dp_replicate, dp_shard, cp, tp, ep, etp\n");
-  expect_usage({"plan", "tiny.toml", "--mesh", "tp=x"}, "error: --mesh: tp must be an integer of at least 1, got \"x\"\n");
+  expect_usage({"plan", "tiny.toml", "--mesh", "tp=x"}, "error: --mesh: tp must be an integer in [1, 1048576], got \"x\"\n");
   expect_usage({"plan", "tiny.toml", "--mesh", "tp=2,ep=4"}, "error: --mesh: ep x etp = 4 must divide dp_shard x cp x tp = 2\n");
   expect_usage({"describe"}, "error: describe: give a TYPE or --markdown FOLDER\n");
   expect_usage({"describe", "mamba3"}, "error: no block, head or table \"mamba3\"\nhelp: did you mean 'mamba2'? ");

@@ -169,6 +169,11 @@ TEST(Config, Sets) {
   EXPECT_EQ(c.run.folder, "runs/a=b");
   EXPECT_EQ(c.data.path, "/é/b-*.bin");
   EXPECT_EQ(c.optimizer.lr, 1e-4);
+  // A table is put over the table that is there, key by key.
+  const Config merged = parse(kBase + "[training]\nsteps = 7\nseq_len = 9\n", {"training={ steps = 8, seed = 3 }"});
+  EXPECT_EQ(merged.training.steps, 8);
+  EXPECT_EQ(merged.training.seed, 3);
+  EXPECT_EQ(merged.training.seq_len, 9);
 }
 
 // One set more than a default, so that every key is seen to travel.
@@ -310,7 +315,9 @@ TEST(Config, Files) {
   };
   EXPECT_EQ(text(folder), folder.string() + ": error: is a folder, not a configuration file");
   EXPECT_EQ(text(folder / "none.toml"), (folder / "none.toml").string() + ": error: the configuration file cannot be opened");
-  EXPECT_EQ(text("/dev/zero"), "/dev/zero:1:1: error: the file has more than 1048576 bytes: this is no configuration");
+  EXPECT_EQ(text("/dev/zero"), "/dev/zero: error: is a device or pipe, not a configuration file");
+  std::ofstream(file) << std::string((1 << 20) + 1, '\n');
+  EXPECT_EQ(text(file), file.string() + ":1:1: error: the file has more than 1048576 bytes: this is no configuration");
   fs::remove_all(folder);
 }
 

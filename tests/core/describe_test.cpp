@@ -17,8 +17,8 @@ TEST(Describe, ABlock) {
 
 keys of [blocks.scan]
   key         values                         default     meaning             HF key
-  num_heads   integer in [1, inf)            required    heads               mamba_num_heads, num_heads
-  num_groups  integer in [1, inf)            1           groups
+  num_heads   integer in [1, 1000000000]     required    heads               mamba_num_heads, num_heads
+  num_groups  integer in [1, 1000000000]     1           groups
   state_size  integer in [1, 4096]           128         state of a channel
   limit       list of 2 numbers in [0, inf)  [0.0, inf]  clamp of the step
   bias        boolean                        false       adds a bias
@@ -58,7 +58,7 @@ TEST(Describe, OneReferenceFileForEveryType) {
   const auto files = reference_markdown(fake::registry());
   EXPECT_EQ(files.size(), 7u);
   EXPECT_TRUE(files.contains("ahead.md"));
-  EXPECT_NE(files.at("attn.md").find("| width | integer in [1, inf) | 4 | width |\n"), std::string::npos) << files.at("attn.md");
+  EXPECT_NE(files.at("attn.md").find("| width | integer in [1, 1000000000] | 4 | width |\n"), std::string::npos) << files.at("attn.md");
   EXPECT_NE(files.at("configuration.md").find("`\\|` cuts pipeline stages"), std::string::npos);
   EXPECT_EQ(files.at("scan.md").find("built-in"), std::string::npos);  // no path of a machine
 }
