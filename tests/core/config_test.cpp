@@ -344,7 +344,7 @@ TEST(Config, HostileTexts) {
     EXPECT_LT(error.size(), 4000u) << shorten(text);
   }
   const std::vector<std::string> sets{"", "=", "==", ".", "a", "a=", ".=1", "a..b=1", "a.=1", ".a=1", "\"=1", "'a'b=1", "a=1\nb=2", "training.steps=1\n[model]\nhidden_size=3",
-                                      "model=1", "model={}", "a=[", "a={", "a=\"", std::string(100000, 'a') + "=1", "a=" + std::string(2000000, '.'), repeat("a.", 100000) + "a=1",
+                                      "model=1", "a=[", "a={", "a=\"", std::string(100000, 'a') + "=1", "a=" + std::string(2000000, '.'), repeat("a.", 100000) + "a=1",
                                       std::string("a=\0", 3), "\xff=\xff", "model.hidden_size=\xff", "symbols=1", "blocks=[]", "blocks.scan=1", "data.mixture=[1]"};
   for (const std::string& set : sets) {
     const std::string error = error_of(kBase, {set});

@@ -177,7 +177,7 @@ TEST_F(HfTest, MistakesAreNamedWithTheirPlace) {
       {"latent", [](json& j) { j["hybrid_override_pattern"] = "MEMEE"; }, "layers_block_type: says 'MEM*E' where hybrid_override_pattern says 'MEMEE'"},
       {"dense", [](json& j) { j.erase("hybrid_override_pattern"); },
        "config.json:1:1: error: hybrid_override_pattern: is missing: one of hybrid_override_pattern, layers_block_type, layer_types must give the layers"},
-      {"dense", [](json& j) { j["num_nextn_predict_layers"] = -1; }, "num_nextn_predict_layers: must be an integer of at least 0, got -1"},
+      {"dense", [](json& j) { j["num_nextn_predict_layers"] = -1; }, "num_nextn_predict_layers: must be an integer in [0, 2^63), got -1"},
       {"dense", [](json& j) { j["num_attention_heads"] = 5; },
        "num_attention_heads (blocks.gqa.num_heads): must be a multiple of num_kv_heads, got 5 % 2 = 1\nhelp: nearest: 4, 6"},
   };
