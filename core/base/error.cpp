@@ -72,8 +72,8 @@ std::string nearest(const std::string& word, const std::vector<std::string>& can
   std::string best;
   size_t best_distance = word.size() / 3 + 1;
   for (const std::string& candidate : candidates) {
-    const auto [shorter, longer] = std::minmax(word.size(), candidate.size());
-    if (longer - shorter > best_distance) continue;
+    const size_t difference = word.size() > candidate.size() ? word.size() - candidate.size() : candidate.size() - word.size();
+    if (difference > best_distance) continue;
     std::vector<size_t> row(candidate.size() + 1);
     std::iota(row.begin(), row.end(), size_t{0});
     for (size_t i = 1; i <= word.size(); ++i) {
