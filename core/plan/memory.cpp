@@ -5,6 +5,8 @@
 
 #include <algorithm>
 
+#include "memory/kept_blocks.hpp"
+
 namespace tessera {
 
 namespace {
@@ -64,7 +66,7 @@ MemoryPlan plan_memory(const ModelPlan& plan, const Config& config, const Mesh& 
       kept += plan.head->type->cost(plan.head->config, plan.env, documents).activations;
       stack(plan.head->sets[static_cast<size_t>(pass.weight_set)].layers);
     }
-  memory.activations = element * (kept + largest + 2 * n * d) / static_cast<double>(mesh.cp * mesh.tp * mesh.pp);
+  memory.activations = (1 + kKeptShare) * element * (kept + largest + 2 * n * d) / static_cast<double>(mesh.cp * mesh.tp * mesh.pp);
   return memory;
 }
 

@@ -10,7 +10,7 @@ struct MemoryPlan {
   double gradients = 0;    // fp32
   double optimizer = 0;    // two fp32 moments
   double compute = 0;      // copies in the compute dtype; 0 in fp32
-  double activations = 0;  // of one micro-batch, recomputed layers counted by their input
+  double activations = 0;  // of one micro-batch, recomputed layers counted by their input; with what is kept of freed ones
   double total() const { return parameters + gradients + optimizer + compute + activations; }
 };
 MemoryPlan plan_memory(const ModelPlan& plan, const Config& config, const Mesh& mesh);

@@ -7,6 +7,7 @@
 
 #include <thread>
 
+#include "memory/kept_blocks.hpp"
 #include "metrics/machine.hpp"
 
 namespace tessera {
@@ -27,7 +28,8 @@ at::ScalarType choose_dtype(const std::string& dtype, at::Device device) {
 void apply_runtime(const TrainingConfig& training) {
   const auto cores = static_cast<int64_t>(std::thread::hardware_concurrency());
   at::set_num_threads(static_cast<int>(training.num_threads > 0 ? training.num_threads : std::max<int64_t>(cores, 1)));
-  // Activations of one step are freed and asked for again in the next: kept by the process, their pages are not cleared each time.
+  keep_large_blocks();
+  // The same for operators' scratch and small tensors.
   mallopt(M_MMAP_THRESHOLD, 32 << 20);
   mallopt(M_TRIM_THRESHOLD, 1 << 30);
   at::globalContext().setDeterministicAlgorithms(training.deterministic, false);
