@@ -77,8 +77,8 @@ class GatedDeltaNet final : public Block {
     for (const auto& run : documents) chunks += run.count * ((run.length + per_chunk - 1) / per_chunk);
     const double B = chunks * H, Q = per_chunk;
     return {.matmul = 2 * N * D * (C + 2 * H * V + 2 * H),
-            .mixing = B * (Q * Q * (4 * K + 2 * V) + Q * (Q - 1) * (K + V) + 6 * Q * K * V),
-            .elementwise = N * (C * (2 * c.conv_width + 5) + H * (16 * K + 12 * V)) + 8 * B * Q * Q,
+            .mixing = B * (Q * Q * (4 * K + 2 * V) + 6 * Q * K * V),
+            .elementwise = N * (C * (2 * c.conv_width + 5) + H * (16 * K + 12 * V)) + B * Q * Q * (8 + K + V),  // the last two: the triangular solve
             .bytes = N * (2 * D + 6 * C + H * (16 * K + 16 * V)) + B * (8 * Q * Q + 6 * K * V),
             .activations = N * (D + 3 * C + H * (6 * K + 8 * V)) + B * (6 * Q * Q + 2 * K * V)};
   }

@@ -16,6 +16,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdio>
 #include <filesystem>
 
 #include "plugin/registry.hpp"
@@ -109,7 +110,8 @@ void expect_formula(const Subject& subject, const Formula& formula) {
     const double limit = tolerance(dtype, Op::kModel, n);
     EXPECT_TRUE(close(got.output, want.output, limit)) << dtype;
     EXPECT_TRUE(close(got.gradients[0], want.gradients[0], limit)) << dtype << " gradient of the input";
-    for (size_t i = 0; i < subject.rows().size(); ++i) EXPECT_TRUE(close(got.gradients[i + 1], want.gradients[i + 1], limit)) << dtype << " gradient of " << subject.rows()[i].name;
+    for (size_t i = 0; i < subject.rows().size(); ++i)
+      EXPECT_TRUE(close(got.gradients[i + 1], want.gradients[i + 1], limit)) << dtype << " gradient of " << subject.rows()[i].name;
   }
   at::NoGradGuard no_grad;
   EXPECT_TRUE(close(subject.forward(subject.inputs(n, at::kBFloat16), spans), want.output, tolerance(at::kBFloat16, Op::kModel, n)));
@@ -216,7 +218,8 @@ class GatedDeltaNetTest : public testing::TestWithParam<DeltaSizes> {
 TEST_P(GatedDeltaNetTest, IsItsFormula) { expect_formula(subject, formula); }
 TEST_P(GatedDeltaNetTest, Decodes) { expect_decoding(subject, formula); }
 TEST_P(GatedDeltaNetTest, EveryPartMatters) {
-  expect_parts_matter(subject, formula, {"convolution", "silu of q, k, v", "norm of q", "norm of k", "alpha", "dt_bias", "A_log", "beta", "erasing", "norm of o", "gate"});
+  expect_parts_matter(subject, formula, {"convolution", "silu of q, k, v", "norm of q", "norm of k", "alpha", "dt_bias", "A_log", "beta", "erasing", "norm of o",
+                                         "gate"});
 }
 
 // Chunks of one token, of more than a document has, and between.
@@ -249,7 +252,8 @@ struct WindowSizes {
 Formula window_formula(const WindowSizes& z) {
   return [z](const std::vector<at::Tensor>& in, const std::vector<int64_t>& lengths, const std::string& without) {
     const auto &x = in[0], &q_proj = in[1], &kv_proj = in[2], &out_proj = in[3];
-    const int64_t P = z.dim, half = P / 2, window = without == "window" ? 1 << 20 : z.window + (without == "window, one more") - (without == "window, one less");
+    const int64_t P = z.dim, half = P / 2, off = (without == "window, one more") - (without == "window, one less");
+    const int64_t window = without == "window" ? 1 << 20 : z.window + off;
     std::vector<at::Tensor> y;
     int64_t row = 0;
     for (const int64_t T : lengths) {
@@ -321,6 +325,21 @@ TEST(SwigluMlp, IsItsFormula) {
   expect_formula(subject, swiglu_formula);
   expect_decoding(subject, swiglu_formula);
   expect_parts_matter(subject, swiglu_formula, {"the order of gate and up", "silu", "up"});
+}
+
+// The tests of every block, in the sizes of tests/plugins/conformance/. Plugins are loaded once in a process, so they run in another.
+TEST(ExampleBlocks, Conform) {
+  const std::string filter = "*/Conformance.*/gated_deltanet*:*/Conformance.*/sliding_window_attention*:*/Conformance.*/swiglu_mlp*";
+  const std::string command =
+      fmt::format("TESSERA_PLUGIN_PATH='{}/example_plugins' TESSERA_CONFORMANCE_PATH='{}/tests/plugins/conformance' '{}' '--gtest_filter={}' 2>&1",
+                  TESSERA_BINARY_DIR, TESSERA_SOURCE_DIR, std::filesystem::read_symlink("/proc/self/exe").string(), filter);
+  std::string out;
+  FILE* pipe = popen(command.c_str(), "r");
+  ASSERT_NE(pipe, nullptr);
+  for (int c; (c = fgetc(pipe)) != EOF;) out += static_cast<char>(c);
+  EXPECT_EQ(pclose(pipe), 0) << out;
+  for (const char* name : {"/gated_deltanet ", "/gated_deltanet_wide ", "/sliding_window_attention ", "/swiglu_mlp "})
+    EXPECT_NE(out.find(fmt::format("OK ] Blocks/Conformance.DecodeStateRollsBack{}", name)), std::string::npos) << out;
 }
 
 }  // namespace
