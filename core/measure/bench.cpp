@@ -101,14 +101,17 @@ BenchResult bench(const Config& config, const BenchOptions& options) {
       const int64_t* begin = ids.const_data_ptr<int64_t>() + i * options.decode_context;
       prompts.emplace_back(begin, begin + options.decode_context);
     }
+    // The first token ends the prompt's pass; each step gives one token a sequence, the last sequence's ends it.
     GenerateOptions generate_options{.max_new_tokens = 2};
     generate(model, prompts, generate_options);
-    generate_options.max_new_tokens = 1;
-    const double prefill = timed([&] { generate(model, prompts, generate_options); });
     generate_options.max_new_tokens = options.decode_tokens + 1;
-    const double all = timed([&] { generate(model, prompts, generate_options); });
-    result.prefill_tokens_per_s = static_cast<double>(options.decode_batch * options.decode_context) / prefill;
-    result.decode_tokens_per_s = static_cast<double>(options.decode_batch * options.decode_tokens) / std::max(all - prefill, 1e-9);
+    std::vector<double> steps;
+    const auto start = std::chrono::steady_clock::now();
+    generate(model, prompts, generate_options, [&](size_t sequence, int64_t) {
+      if (sequence + 1 == prompts.size()) steps.push_back(std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
+    });
+    result.prefill_tokens_per_s = static_cast<double>(options.decode_batch * options.decode_context) / steps.front();
+    result.decode_tokens_per_s = static_cast<double>(options.decode_batch * options.decode_tokens) / (steps.back() - steps.front());
   }
   result.matrix_peak = measure_matrix_peak(dtype, device);
   result.memory_peak = measure_memory_peak(device);
