@@ -15,23 +15,28 @@ bool has_place(const std::string& message) {
   return first.starts_with("error: ") || first.find(": error: ") != std::string::npos;
 }
 
-// Names and values of a file that is not trusted stand in messages: what would move a terminal's cursor or change its colours shows as `?`,
-// and a name of megabytes is cut.
-std::string printable(std::string text) {
+// Names and values of a file that is not trusted stand in messages: what would move a terminal's cursor or change its colours shows as `?`, and
+// so does a byte that is part of no character. A name of megabytes is cut.
+std::string printable(const std::string& text) {
   constexpr size_t kLongest = 32768;
-  if (text.size() > kLongest) {
-    size_t end = kLongest;
-    while (end > 0 && (static_cast<unsigned char>(text[end]) & 0xc0) == 0x80) --end;  // not inside a character
-    text = text.substr(0, end) + "...";
+  const auto byte = [&](size_t at) { return at < text.size() ? static_cast<unsigned char>(text[at]) : 0u; };
+  std::string out;
+  for (size_t at = 0; at < text.size();) {
+    if (out.size() >= kLongest) return out + "...";
+    const unsigned lead = byte(at);
+    size_t length = lead < 0x80 ? 1 : lead >> 5 == 6 ? 2 : lead >> 4 == 14 ? 3 : lead >> 3 == 30 ? 4 : 0;
+    for (size_t i = 1; i < length; ++i)
+      if (byte(at + i) >> 6 != 2) length = 0;
+    if (length == 0 || (lead < 0x20 && lead != '\n') || lead == 0x7f) out += '?', length = 1;
+    else out += text.substr(at, length);
+    at += length;
   }
-  for (char& c : text)
-    if ((static_cast<unsigned char>(c) < 0x20 && c != '\n') || c == 0x7f) c = '?';
-  return text;
+  return out;
 }
 }  // namespace
 
 Error::Error(ExitCode code, std::string message, std::string help)
-    : code_(code), message_(printable(std::move(message))), help_(printable(std::move(help))) {
+    : code_(code), message_(printable(message)), help_(printable(help)) {
   what_ = has_place(message_) ? message_ : "error: " + message_;
   if (!help_.empty()) what_ += "\nhelp: " + help_;
 }

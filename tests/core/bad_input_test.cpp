@@ -84,6 +84,7 @@ TEST_F(BadInput, IssuesSayErrorInTheirFirstLineWhateverHasAPlace) {
 
 TEST_F(BadInput, MessagesHoldNoControlCharacters) {
   EXPECT_EQ(std::string(Error(ExitCode::kRuntime, "a\x1b[2J\r\b\x7f", "\x07x\ny").what()), "error: a?[2J???\nhelp: ?x\ny");
+  EXPECT_EQ(std::string(Error(ExitCode::kRuntime, "\xc3\xa9 \xe9 \xbb\xbf \xf0\x9f\x98\x80 \xf0\x9f\x98").what()), "error: \xc3\xa9 ? ?? \xf0\x9f\x98\x80 ???");
   EXPECT_EQ(error_of([&] { strict_json("{\"\\u001b[31m\":1,\"\\u001b[31m\":1}", "x"); }, ExitCode::kRuntime), "error: x: key '?[31m' occurs twice");
 }
 
@@ -182,10 +183,10 @@ TEST_F(BadInput, ManyWildcardsAreOne) {
 TEST_F(BadInput, AStateThatWasEdited) {
   put("model.safetensors", std::string("\2\0\0\0\0\0\0\0{}", 10));
   const json good{{"format", 1}, {"step", 3}, {"tokens", 9}, {"data", nullptr}, {"hf", nullptr}, {"extra", nullptr},
-                  {"files", {{"model.safetensors", {{"bytes", 10}, {"crc32", 0}}}}}};
+                  {"files", {{"model.safetensors", {{"bytes", 10}, {"crc32", 83891703}}}}}};
   const auto text_error = [&](const std::string& text) {
     put("state.json", text);
-    return error_of([&] { open_checkpoint(folder_, /*verify=*/false); }, ExitCode::kRuntime);
+    return error_of([&] { open_checkpoint(folder_); }, ExitCode::kRuntime);
   };
   const auto error = [&](const std::function<void(json&)>& edit) {
     json state = good;
