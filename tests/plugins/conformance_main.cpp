@@ -73,8 +73,8 @@ int run(int argc, char** argv) {
   std::string filter;
   CLI::App app{"tessera test: holds the block and head types of a plugin to what every one must hold", "tessera test"};
   app.add_option("FILTER", filter, "a part of a check's name, or a pattern with * and :");
-  app.add_option("--plugin", files, "the plugin; as often as wanted; default: every plugin that loads")->type_name("FILE.so");
-  app.add_option("--sizes", sizes, "a folder with <type>[.<variant>].toml: the sizes that a type is tested in; also looked for beside the plugin and one folder above")->type_name("FOLDER");
+  app.add_option("--plugin", files, "the plugin; as often as wanted; default: every plugin that loads")->type_name("FILE.so")->allow_extra_args(false);
+  app.add_option("--sizes", sizes, "a folder with <type>[.<variant>].toml: the sizes that a type is tested in; also looked for beside the plugin and one folder above")->type_name("FOLDER")->allow_extra_args(false);
   app.footer("Without such a file the sizes are those that the type's schema suggests: 8 or so for every required key.");
   try {
     app.parse(argc, argv);
