@@ -1,5 +1,4 @@
 // Every operator beside its plain composition: op/<operator>/<sizes>/<dtype>/<pass>/<fast|reference>.
-#include <ATen/Parallel.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
@@ -13,8 +12,6 @@
 #include <ATen/ops/zeros.h>
 #include <fmt/format.h>
 
-#include <thread>
-
 #include "benchmarks/support.hpp"
 #include "layers/activation.hpp"
 #include "layers/attention.hpp"
@@ -27,6 +24,7 @@
 #include "layers/rope.hpp"
 #include "layers/routing.hpp"
 #include "layers/ssd_scan.hpp"
+#include "train/setup.hpp"
 
 namespace tessera::benchmarks {
 namespace {
@@ -218,7 +216,7 @@ void elementwise() {
 
 int main(int argc, char** argv) {
   using namespace tessera::benchmarks;
-  at::set_num_threads(static_cast<int>(std::max(1u, std::thread::hardware_concurrency())));
+  tessera::apply_runtime({});
   norms(), convolution(), scan(), attentions(), products(), experts(), losses(), elementwise();
   return run(argc, argv);
 }
