@@ -40,13 +40,21 @@ void refuse_monsters(std::string_view text, const std::string& name) {
   const auto triple = [&](size_t at) { return text.substr(at, 3) == std::string(3, text[at]); };
   char quote = 0;
   bool block = false, comment = false;  // block: a string over several lines
+  bool value = false, stray = false;  // within a value, not a key; a string that toml++ reads as a part of a number, a date or a word
+  char last = '\n';                   // before this character, spaces left out
+  std::string open;                   // brackets of the value
   int64_t line = 1, dots = 0;
   size_t line_begin = 0;
+  // toml++ 3.3 does not tell some of these from spaces, and has undefined behaviour for others.
+  const auto outside_ascii = [&](size_t at) {
+    malformed(name, line, static_cast<int64_t>(at - line_begin) + 1, "malformed TOML: a character outside ASCII must stand in a string or a comment");
+  };
   for (size_t at = text.starts_with("\xef\xbb\xbf") ? 3 : 0; at < text.size(); ++at) {
     const char c = text[at];
     if (c == '\n') {
       ++line, line_begin = at + 1, dots = 0, comment = false;
       if (!block) quote = 0;
+      if (open.empty() && !quote) value = false;
     } else if (comment) {
       continue;
     } else if (quote) {
@@ -54,15 +62,24 @@ void refuse_monsters(std::string_view text, const std::string& name) {
       else if (c == quote && (!block || triple(at))) {
         if (block) for (at += 2; at + 1 < text.size() && text[at + 1] == quote;) ++at;  // quotes before the closing three belong to the string
         quote = 0, block = false;
+      } else if (stray && static_cast<unsigned char>(c) >= 0x80) {
+        outside_ascii(at);
       }
     } else if (c == '"' || c == '\'') {
       quote = c, block = triple(at);
       if (block) at += 2;
+      stray = value && last != '=' && last != '[' && last != ',';
+      last = c;
     } else if (c == '#') {
       comment = true;
-    } else if (static_cast<unsigned char>(c) >= 0x80) {  // toml++ 3.3 does not tell some of these from spaces
-      malformed(name, line, static_cast<int64_t>(at - line_begin) + 1, "malformed TOML: a character outside ASCII must stand in a string or a comment");
+    } else if (static_cast<unsigned char>(c) >= 0x80) {
+      outside_ascii(at);
     } else {
+      if (c == '=') value = true;
+      else if (value && (c == '[' || c == '{')) open += c, value = c == '[';
+      else if (!open.empty() && (c == ']' || c == '}')) open.pop_back(), value = true;
+      else if (!open.empty() && c == ',') value = open.back() == '[';
+      if (c != ' ' && c != '\t' && c != '\r') last = c;
       if (c == '=' || c == ',' || c == '[' || c == '{') dots = 0;
       if (c == '.' && ++dots > kMaxDots) malformed(name, line, 1, fmt::format("more than {} dots in one key or value", kMaxDots));
     }

@@ -137,6 +137,16 @@ TEST_F(BadInput, EncodingsOfAConfiguration) {
             "a.toml:2:15: error: malformed TOML: while parsing unicode scalar sequence: unicode surrogates (U+D800 - U+DFFF) are explicitly prohibited");
 }
 
+// toml++ looks for the end of a number or a word behind the quotes in it.
+TEST_F(BadInput, LettersOutsideAsciiAreInStringsThatBeginAValue) {
+  const std::string rule = "malformed TOML: a character outside ASCII must stand in a string or a comment";
+  EXPECT_EQ(config_error("a=1r.\"gr\xc3\xb6\"\n"), "a.toml:1:9: error: " + rule);
+  EXPECT_EQ(config_error("a = [\"\xc3\xb6\", 1\"\xc3\xb6\"]\n"), "a.toml:1:14: error: " + rule);
+  EXPECT_EQ(config_error("a = { b = x'\xc3\xb6' }\n"), "a.toml:1:13: error: " + rule);
+  EXPECT_EQ(config_error(kScan + "[run]\nname = \"\xc3\xb6\" # \xc3\xb6\n[training]\nfreeze = [\"\xc3\xb6\",\n  # \xc3\xb6\n  '\xc3\xb6', \"\"\"\n\xc3\xb6\"\"\"]\n[blocks.\"\xc3\xb6\"]\ntype = \"scan\"\n"
+                         "[symbols]\nW = { \"block\" = \"\xc3\xb6\", shared = true }\nV = { block = \"\xc3\xb6\", 'shared' = true }\n"), "no error");
+}
+
 // --- data ---------------------------------------------------------------------------------------------------------------------------
 TEST_F(BadInput, DataPathsThatAreNoFiles) {
   ASSERT_EQ(::mkfifo((folder_ / "pipe").c_str(), 0600), 0);
