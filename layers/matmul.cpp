@@ -23,7 +23,17 @@ constexpr int64_t kSmall = int64_t{1} << 20;
 // targets) go to it in multiples of this, the rest padded with zeros to one such step, so that they make few shapes.
 constexpr int64_t kStep = 64;
 
-// oneDNN takes bf16 anyway; fp32 goes to MKL unless that is slow here.
+// oneDNN takes bf16 where the CPU has these; elsewhere at::mm emulates it.
+bool bf16_by_onednn() {
+#if defined(__x86_64__)
+  static const bool yes = AT_MKLDNN_ENABLED() && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  return yes;
+#else
+  return false;
+#endif
+}
+
+// fp32 goes to MKL unless that is slow here.
 bool fp32_by_onednn() {
 #if defined(__x86_64__)
   static const bool yes = AT_MKL_ENABLED() && AT_MKLDNN_ENABLED() && !__builtin_cpu_is("intel") && __builtin_cpu_supports("avx2");
@@ -43,7 +53,7 @@ void product_into(at::Tensor& out_mn, const at::Tensor& a_mk, const at::Tensor& 
   const int64_t rows = a_mk.size(0), inner = a_mk.size(1), columns = b_kn.size(1);
   if (!add && rows <= kFewRows && b_kn.stride(0) == 1 && few_rows_fit(out_mn, a_mk, b_kn.t())) return few_rows(out_mn, a_mk, b_kn.t());
   const bool stepped = a_mk.is_cpu() && a_mk.scalar_type() == b_kn.scalar_type() && out_mn.scalar_type() == a_mk.scalar_type() &&
-                       (a_mk.scalar_type() == at::kBFloat16 || (a_mk.scalar_type() == at::kFloat && fp32_by_onednn())) && rows >= kStep && inner >= kStep &&
+                       ((a_mk.scalar_type() == at::kBFloat16 && bf16_by_onednn()) || (a_mk.scalar_type() == at::kFloat && fp32_by_onednn())) && rows >= kStep && inner >= kStep &&
                        rows * inner * columns >= kSmall && out_mn.is_contiguous() && row_or_column_major(a_mk) && row_or_column_major(b_kn);
   if (!stepped) {
     if (add) at::addmm_out(out_mn, out_mn, a_mk, b_kn);
