@@ -6,7 +6,6 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <boost/crc.hpp>
 #include <charconv>
 
 namespace tessera {
@@ -18,12 +17,14 @@ namespace {
 
 constexpr int64_t kFormat = 1;
 constexpr const char* kAside = ".saving-";
+constexpr const char* kOptimizer = "optimizer";  // how its files' names begin
 
-uint32_t crc_of(const fs::path& path) {
-  const MappedFile file(path);
-  boost::crc_32_type crc;
-  crc.process_bytes(file.data(), static_cast<size_t>(file.size()));
-  return crc.checksum();
+// Whether there is such a file. What cannot be examined is an error and not absent: a run would begin anew over what it cannot see.
+bool there(const fs::path& path) {
+  std::error_code code;
+  const bool found = fs::exists(path, code);
+  if (code) throw Error(ExitCode::kRuntime, fmt::format("{}: cannot be examined: {}", path.string(), code.message()));
+  return found;
 }
 
 std::optional<int64_t> step_of(const fs::path& folder) {
@@ -67,9 +68,10 @@ json plugin_versions(const Config& config, const Registry& registry) {
 
 void save_checkpoint_files(const fs::path& folder, const Config& config, const Registry& registry, const CheckpointState& state,
                            const std::function<void(const fs::path&)>& write_tensors) {
-  if (fs::exists(folder)) throw Error(ExitCode::kRuntime, fmt::format("{}: a checkpoint is there already", folder.string()));
-  make_folder(fs::absolute(folder).parent_path());
-  const fs::path aside = fs::absolute(folder).parent_path() / fmt::format("{}{}-{}", kAside, folder.filename().string(), getpid());
+  if (there(folder)) throw Error(ExitCode::kRuntime, fmt::format("{}: is there already", folder.string()), "move it away");
+  const fs::path above = folder.has_parent_path() ? folder.parent_path() : fs::path(".");
+  make_folder(above);
+  const fs::path aside = above / fmt::format("{}{}-{}", kAside, folder.filename().string(), getpid());
   std::error_code ignored;
   fs::remove_all(aside, ignored);
   try {
@@ -78,7 +80,7 @@ void save_checkpoint_files(const fs::path& folder, const Config& config, const R
     write_file(aside / "config.toml", to_toml(config));
     json files = json::object();
     for (const auto& entry : fs::directory_iterator(aside))
-      files[entry.path().filename().string()] = {{"bytes", entry.file_size()}, {"crc32", crc_of(entry.path())}};
+      files[entry.path().filename().string()] = {{"bytes", entry.file_size()}, {"crc32", file_crc32(entry.path())}};
     const json document{{"format", kFormat}, {"step", state.step}, {"tokens", state.tokens}, {"plugins", plugin_versions(config, registry)},
                         {"data", state.data}, {"hf", state.hf}, {"extra", state.extra}, {"optimizer_steps", state.optimizer_steps}, {"files", files}};
     write_file(aside / "state.json", document.dump(1) + "\n");
@@ -106,7 +108,7 @@ void save_checkpoint(const fs::path& folder, const Config& config, const Registr
     for (const std::string& slot : Optimizer::slots())
       for (const TensorRow& row : rows)
         if (row.param && store.trainable(row.name)) specs.push_back({.name = "optimizer." + slot + "." + row.name, .dtype = at::kFloat, .shape = row.shape()});
-    SafetensorsFolderWriter moments(aside, specs, {{"format", "pt"}}, 5'000'000'000, "optimizer");
+    SafetensorsFolderWriter moments(aside, specs, {{"format", "pt"}}, 5'000'000'000, kOptimizer);
     for (const std::string& slot : Optimizer::slots())
       for (const TensorRow& row : rows)
         if (row.param && store.trainable(row.name)) moments.write("optimizer." + slot + "." + row.name, optimizer->moment(slot, row.name));
@@ -116,41 +118,53 @@ void save_checkpoint(const fs::path& folder, const Config& config, const Registr
 
 std::vector<fs::path> list_checkpoints(const fs::path& folder) {
   std::vector<std::pair<int64_t, fs::path>> found;
-  std::error_code error;
-  for (const auto& entry : fs::directory_iterator(folder, error))
-    if (auto step = step_of(entry.path()); step && fs::exists(entry.path() / "state.json")) found.emplace_back(*step, entry.path());
+  if (!there(folder)) return {};
+  std::error_code code;
+  fs::directory_iterator entries(folder, code);
+  if (code) throw Error(ExitCode::kRuntime, fmt::format("{}: the folder cannot be read: {}", folder.string(), code.message()));
+  for (const auto& entry : entries)
+    if (auto step = step_of(entry.path()); step && there(entry.path() / "state.json")) found.emplace_back(*step, entry.path());
   std::sort(found.begin(), found.end());
   std::vector<fs::path> out;
   for (auto& [step, path] : found) out.push_back(path);
   return out;
 }
 
-void prune_checkpoints(const fs::path& folder, int64_t keep) {
+std::string prune_checkpoints(const fs::path& folder, int64_t keep) {
   const auto all = list_checkpoints(folder);
   const auto surplus = keep > 0 ? std::max<int64_t>(0, static_cast<int64_t>(all.size()) - keep) : 0;
-  std::error_code ignored;
+  std::string failed;
+  const auto note = [&](const fs::path& path, const std::error_code& code) {
+    if (code && failed.empty()) failed = fmt::format("{}: cannot be removed: {}", path.string(), code.message());
+  };
+  std::error_code code;
   for (int64_t i = 0; i < surplus; ++i) {
     // Renamed first: a crash in the middle of the removal must not leave half a checkpoint under a complete one's name.
-    const fs::path doomed = folder / fmt::format("{}removed-{}", kAside, all[static_cast<size_t>(i)].filename().string());
-    fs::rename(all[static_cast<size_t>(i)], doomed, ignored);
+    const fs::path& old = all[static_cast<size_t>(i)];
+    fs::rename(old, folder / fmt::format("{}removed-{}", kAside, old.filename().string()), code);
+    note(old, code);
   }
   std::vector<fs::path> leftovers;
-  for (const auto& entry : fs::directory_iterator(folder, ignored))
+  for (const auto& entry : fs::directory_iterator(folder, code))
     if (entry.path().filename().string().starts_with(kAside)) leftovers.push_back(entry.path());
-  for (const fs::path& path : leftovers) fs::remove_all(path, ignored);
+  for (const fs::path& path : leftovers) {
+    fs::remove_all(path, code);
+    note(path, code);
+  }
+  return failed;
 }
 
-OpenCheckpoint open_checkpoint(const fs::path& given, bool verify) {
+OpenCheckpoint open_checkpoint(const fs::path& given, bool optimizer) {
   fs::path folder = given;
   std::error_code code;
   if (!fs::is_directory(folder, code)) throw Error(ExitCode::kRuntime, fmt::format("{}: no such folder", folder.string()), "name a run's folder or one of its checkpoints/step-N");
-  if (!fs::exists(folder / "state.json")) {
+  if (!there(folder / "state.json")) {
     for (const fs::path& below : {folder / "checkpoints", folder})
       if (auto all = list_checkpoints(below); !all.empty()) {
         folder = all.back();
         break;
       }
-    if (!fs::exists(folder / "state.json")) {
+    if (!there(folder / "state.json")) {
       const bool hub = fs::exists(folder / "config.json");
       throw Error(ExitCode::kRuntime, fmt::format("{}: no complete checkpoint there", folder.string()),
                   hub ? fmt::format("it looks like a Hugging Face checkpoint: `tessera convert {} OUT --to tessera` first", folder.string()) : "");
@@ -176,11 +190,12 @@ OpenCheckpoint open_checkpoint(const fs::path& given, bool verify) {
     const int64_t bytes = count(facts, "bytes", file), checksum = count(facts, "crc32", file);
     const auto size = static_cast<int64_t>(fs::file_size(path));
     if (size != bytes) throw Error(ExitCode::kRuntime, fmt::format("{}: damaged: {} bytes, {} when it was written", path.string(), size, bytes), "take an older checkpoint");
-    if (verify && crc_of(path) != checksum)
+    const bool opened = optimizer || !path.filename().string().starts_with(kOptimizer);
+    if (opened && file_crc32(path) != checksum)
       throw Error(ExitCode::kRuntime, fmt::format("{}: damaged: its CRC-32 is not that of when it was written", path.string()), "take an older checkpoint");
   }
   OpenCheckpoint open{.folder = folder, .state = std::move(state), .model = SafetensorsFolder::open(folder)};
-  if (SafetensorsFolder::exists(folder, "optimizer")) open.optimizer = SafetensorsFolder::open(folder, "optimizer");
+  if (optimizer && SafetensorsFolder::exists(folder, kOptimizer)) open.optimizer = SafetensorsFolder::open(folder, kOptimizer);
   return open;
 }
 

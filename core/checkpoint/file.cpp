@@ -2,11 +2,13 @@
 
 #include <fcntl.h>
 #include <fmt/format.h>
+#include <sys/file.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
 #include <algorithm>
+#include <array>
 #include <cerrno>
 #include <cstring>
 #include <nlohmann/json.hpp>
@@ -52,10 +54,56 @@ int64_t regular_size(const fs::path& path, int fd) {
   return info.st_size;
 }
 
+// Row k is the effect of a byte that has k zero bytes behind it: eight bytes go in at a time.
+constexpr auto kCrcRows = [] {
+  std::array<std::array<uint32_t, 256>, 8> rows{};
+  for (uint32_t i = 0; i < 256; ++i) {
+    uint32_t c = i;
+    for (int bit = 0; bit < 8; ++bit) c = c & 1 ? (c >> 1) ^ 0xedb88320 : c >> 1;
+    rows[0][i] = c;
+  }
+  for (size_t k = 1; k < 8; ++k)
+    for (size_t i = 0; i < 256; ++i) rows[k][i] = (rows[k - 1][i] >> 8) ^ rows[0][rows[k - 1][i] & 0xff];
+  return rows;
+}();
+
+// The CRC of what came before and of `bytes`.
+uint32_t crc32(uint32_t before, std::string_view bytes) {
+  uint32_t c = ~before;
+  const char* at = bytes.data();
+  size_t left = bytes.size();
+  for (; left >= 8; left -= 8, at += 8) {
+    uint64_t word;
+    std::memcpy(&word, at, 8);
+    word ^= c;
+    c = 0;
+    for (size_t k = 0; k < 8; ++k) c ^= kCrcRows[7 - k][(word >> (8 * k)) & 0xff];
+  }
+  for (; left > 0; --left, ++at) c = kCrcRows[0][(c ^ static_cast<unsigned char>(*at)) & 0xff] ^ (c >> 8);
+  return ~c;
+}
+
+size_t read_some(int fd, char* to, size_t size, const fs::path& path) {
+  while (true) {
+    const ssize_t n = ::read(fd, to, size);
+    if (n >= 0) return static_cast<size_t>(n);
+    if (errno != EINTR) fail_read(path, "cannot be read", errno);
+  }
+}
+
 }  // namespace
 
 fs::path AtomicFile::temporary(const fs::path& path) {
   return fs::path(fmt::format("{}.tmp-{}", path.string(), ::getpid()));
+}
+
+void AtomicFile::clear_leftovers(const fs::path& path) {
+  const std::string begin = path.filename().string() + ".tmp-";
+  std::error_code ignored;
+  std::vector<fs::path> found;
+  for (const auto& entry : fs::directory_iterator(folder_of(path), ignored))
+    if (entry.path().filename().string().starts_with(begin)) found.push_back(entry.path());
+  for (const fs::path& file : found) fs::remove(file, ignored);
 }
 
 AtomicFile::AtomicFile(fs::path path) : path_(std::move(path)), temporary_(temporary(path_)) {
@@ -105,14 +153,23 @@ std::string read_file(const fs::path& path, int64_t max_bytes) {
   std::string text(static_cast<size_t>(size), '\0');
   size_t done = 0;
   while (done < text.size()) {
-    const ssize_t n = ::read(file.fd, text.data() + done, text.size() - done);
-    if (n < 0 && errno == EINTR) continue;
-    if (n < 0) fail_read(path, "cannot be read", errno);
+    const size_t n = read_some(file.fd, text.data() + done, text.size() - done, path);
     if (n == 0) break;
-    done += static_cast<size_t>(n);
+    done += n;
   }
   text.resize(done);
   return text;
+}
+
+// Read and not mapped: a disk that fails is an error then, not a signal.
+uint32_t file_crc32(const fs::path& path) {
+  const Descriptor file{open_to_read(path)};
+  if (file.fd < 0) fail_read(path, "cannot be opened", errno);
+  regular_size(path, file.fd);
+  uint32_t crc = 0;
+  std::vector<char> block(size_t{1} << 20);
+  while (const size_t n = read_some(file.fd, block.data(), block.size(), path)) crc = crc32(crc, std::string_view(block.data(), n));
+  return crc;
 }
 
 int open_append(const fs::path& path) {
@@ -130,15 +187,25 @@ void append_to(int fd, std::string_view bytes, const fs::path& path) {
   }
 }
 
+void flush_file(int fd, const fs::path& path) {
+  if (::fsync(fd) != 0) fail(path, "cannot be flushed to disk", errno);
+}
+
 void close_file(int fd) {
   if (fd >= 0) ::close(fd);
 }
 
 void make_folder(const fs::path& folder) {
   std::error_code code;
-  fs::create_directories(folder, code);
-  if (code) fail(folder, "folder cannot be created", code.value());
-  if (!fs::is_directory(folder, code)) fail(folder, "folder cannot be created", EEXIST);
+  if (fs::is_directory(folder, code)) return;
+  const fs::path above = folder_of(folder);
+  if (!folder.has_filename()) return make_folder(above);  // "runs/name/"
+  make_folder(above);
+  if (::mkdir(folder.c_str(), 0777) != 0) {
+    if (errno == EEXIST && fs::is_directory(folder, code)) return;
+    fail(folder, "folder cannot be created", errno);
+  }
+  sync_folder(above);
 }
 
 void sync_folder(const fs::path& folder) {
@@ -153,6 +220,15 @@ void rename_into_place(const fs::path& from, const fs::path& to) {
   if (::rename(from.c_str(), to.c_str()) != 0) fail(to, "cannot be renamed into place", errno);
   sync_folder(folder_of(to));
 }
+
+FolderLock::FolderLock(const fs::path& folder, const char* held, const char* help) : fd_(::open(folder.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC)) {
+  if (fd_ < 0) fail(folder, "folder cannot be opened", errno);
+  if (::flock(fd_, LOCK_EX | LOCK_NB) == 0 || errno != EWOULDBLOCK) return;
+  ::close(fd_);
+  throw Error(ExitCode::kRuntime, fmt::format("{}: {}", folder.string(), held), help);
+}
+
+FolderLock::~FolderLock() { ::close(fd_); }
 
 int64_t invalid_utf8(std::string_view text) {
   for (size_t i = 0; i < text.size();) {

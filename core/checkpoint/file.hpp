@@ -27,6 +27,8 @@ class AtomicFile {
   void commit();
   const std::filesystem::path& path() const { return path_; }
   static std::filesystem::path temporary(const std::filesystem::path& path);  // "<path>.tmp-<process id>"
+  // Removes the temporaries of `path` that killed processes left. No other process may be writing it.
+  static void clear_leftovers(const std::filesystem::path& path);
 
  private:
   std::filesystem::path path_, temporary_;
@@ -41,17 +43,33 @@ std::string read_file(const std::filesystem::path& path, int64_t max_bytes = int
 // A file that grows by whole records. Each append_to() is one write where the system allows, so that readers and a crash see whole records.
 int open_append(const std::filesystem::path& path);
 void append_to(int fd, std::string_view bytes, const std::filesystem::path& path);
+void flush_file(int fd, const std::filesystem::path& path);  // to disk
 void close_file(int fd);
-// Creates a folder and its parents.
+// Creates a folder and its parents, each flushed into the folder that holds it.
 void make_folder(const std::filesystem::path& folder);
 // Flushes a folder's entries.
 void sync_folder(const std::filesystem::path& folder);
-// Renames a finished file or folder into place and flushes the folder that holds it. An existing folder in the place is refused.
+// Renames a finished file or folder into place and flushes the folder that holds it. A folder in the place that holds anything is refused.
 void rename_into_place(const std::filesystem::path& from, const std::filesystem::path& to);
+
+// A folder for one process at a time, until the end of the object or of the process.
+class FolderLock {
+ public:
+  // Error(kRuntime) `<folder>: <held>` where another process has it. File systems that cannot lock are taken to be free.
+  FolderLock(const std::filesystem::path& folder, const char* held, const char* help);
+  ~FolderLock();
+  FolderLock(const FolderLock&) = delete;
+  FolderLock& operator=(const FolderLock&) = delete;
+
+ private:
+  int fd_ = -1;
+};
 
 // JSON of a file that is not trusted: UTF-8 throughout, no key twice in an object, at most `max_depth` levels.
 // `place` begins the error: "<place>: key 'a' occurs twice".
 nlohmann::json strict_json(std::string_view text, const std::string& place, int max_depth = 8);
+// CRC-32 (IEEE 802.3) of a whole file.
+uint32_t file_crc32(const std::filesystem::path& path);
 // The byte at which `text` stops being UTF-8, or -1.
 int64_t invalid_utf8(std::string_view text);
 

@@ -20,7 +20,7 @@ Loaded load_with_plugins(const std::string& file, const std::vector<std::string>
 }
 
 std::unique_ptr<Runnable> open_runnable(const std::string& folder, const std::vector<std::string>& sets) {
-  auto checkpoint = open_checkpoint(folder, /*verify=*/false);
+  auto checkpoint = open_checkpoint(folder, /*optimizer=*/false);
   auto loaded = load_with_plugins((checkpoint.folder / "config.toml").string(), sets);
   apply_runtime(loaded.config.training);
   const at::Device device = choose_device(loaded.config.training.device);

@@ -2,10 +2,15 @@
 #include <c10/util/Exception.h>
 #include <fmt/format.h>
 #include <fmt/ranges.h>
+#include <fcntl.h>
+#include <unistd.h>
 
+#include <cerrno>
+#include <csignal>
 #include <cstdio>
 #include <iostream>
 #include <new>
+#include <system_error>
 
 #include "cli/verbs.hpp"
 
@@ -24,9 +29,15 @@ int usage(const CLI::App& app, const CLI::ParseError& error, const std::string& 
   return static_cast<int>(tessera::ExitCode::kUsage);
 }
 
-}  // namespace
+// Output that nobody got is no success. One more write gives the reason, which the first to fail may have left anywhere.
+int flush_output(int code) {
+  if (std::fflush(stdout) == 0 && !std::ferror(stdout)) return code;
+  const bool again = ::write(STDOUT_FILENO, "\n", 1) < 0;
+  std::cerr << "error: standard output: cannot be written" << (again ? ": " + std::generic_category().message(errno) : "") << std::endl;
+  return static_cast<int>(tessera::ExitCode::kRuntime);
+}
 
-int main(int argc, char** argv) {
+int command(int argc, char** argv) {
   using namespace tessera;
   CLI::App app{"tessera: hybrid sequence models from a pattern string", "tessera"};
   app.set_version_flag("--version", TESSERA_VERSION);
@@ -47,7 +58,18 @@ int main(int argc, char** argv) {
   } catch (const std::bad_alloc&) {
     std::cerr << "error: out of memory\nhelp: lower training.local_batch_size or training.seq_len; `tessera plan` says what a model needs" << std::endl;
   } catch (const std::exception& error) {
-    std::cerr << "error: " << error.what() << std::endl;
+    if (!std::ferror(stdout)) std::cerr << "error: " << error.what() << std::endl;  // else flush_output() says it
   }
   return static_cast<int>(ExitCode::kRuntime);
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  // A file must not be opened as standard output or error because that was closed: what is printed would go into it.
+  for (int fd = 0; fd <= 2; ++fd)
+    if (::fcntl(fd, F_GETFD) == -1) ::open("/dev/null", fd == 0 ? O_WRONLY : O_RDONLY);
+  // A write beyond a limit on file sizes is an error that names the file, as on a full disk.
+  std::signal(SIGXFSZ, SIG_IGN);
+  return flush_output(command(argc, argv));
 }

@@ -27,6 +27,7 @@ std::string kept_lines(const std::string& text, int64_t last_step, const fs::pat
     if (step == line.end() || !step->is_number_integer())
       throw Error(ExitCode::kRuntime, place + ": must be an object with an integer 'step'", "move the file away: it is written by training runs alone");
     if (step->get<int64_t>() <= last_step) kept.append(text, begin, end + 1 - begin);
+    if (step->get<int64_t>() >= last_step) break;  // a crash may have left anything behind it
     begin = end + 1;
   }
   return kept;
@@ -46,5 +47,7 @@ MetricsFile::MetricsFile(fs::path path, int64_t last_step) : path_(std::move(pat
 MetricsFile::~MetricsFile() { close_file(fd_); }
 
 void MetricsFile::write(const json& line) { append_to(fd_, line.dump(-1, ' ', false, json::error_handler_t::replace) + "\n", path_); }
+
+void MetricsFile::flush() { flush_file(fd_, path_); }
 
 }  // namespace tessera

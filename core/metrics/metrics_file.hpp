@@ -17,6 +17,8 @@ class MetricsFile {
   MetricsFile& operator=(const MetricsFile&) = delete;
   // Numbers are written so that they read back exactly; NaN and infinities, which JSON lacks, as null.
   void write(const nlohmann::json& line);
+  // To disk: the lines that a checkpoint's resumption keeps must last as long as the checkpoint.
+  void flush();
 
  private:
   std::filesystem::path path_;

@@ -3,12 +3,15 @@
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
+#include <iostream>
 #include <set>
 
 #include <boost/dll/shared_library.hpp>
 #include <dlfcn.h>
 #include <fmt/format.h>
+#include <unistd.h>
 
+#include "plugin/elf.hpp"
 #include "plugin/program.hpp"
 
 namespace tessera {
@@ -88,13 +91,21 @@ void check_manifest(const fs::path& file, const Manifest& manifest) {
   }
 }
 
+std::string current_error() {
+  try {
+    throw;
+  } catch (const std::exception& error) {
+    return error.what();
+  } catch (...) {
+    return "an exception that is no std::exception";
+  }
+}
+
 std::unique_ptr<Manifest> make_manifest(const fs::path& file, const PluginHead& head) {
   try {
     return std::unique_ptr<Manifest>(head.make());
-  } catch (const std::exception& error) {
-    fail(file, fmt::format("its types cannot be made: {}", error.what()));
   } catch (...) {
-    fail(file, "its types cannot be made: an exception that is no std::exception");
+    fail(file, fmt::format("its types cannot be made: {}", current_error()));
   }
 }
 
@@ -111,23 +122,68 @@ std::vector<fs::path> files_of(const fs::path& path) {
   std::sort(files.begin(), files.end());
   return files;
 }
+
+// An exception of a static initialiser leaves the system's loader locked, where it leaves it at all, so that the process cannot go on. This is how it ends
+// as with any other plugin that is refused.
+class InitialiserGuard {
+ public:
+  explicit InitialiserGuard(const fs::path& file) : old_(std::set_terminate(end)) { file_ = &file; }
+  ~InitialiserGuard() { std::set_terminate(old_); }
+  [[noreturn]] static void end() {
+    const std::string what = std::current_exception() ? current_error() : "std::terminate was called";
+    std::cerr << Error(ExitCode::kPlugin, fmt::format("plugin {}: its static initialisers failed: {}", file_->string(), what)).what() << std::endl;
+    ::_exit(static_cast<int>(ExitCode::kPlugin));
+  }
+
+ private:
+  static inline const fs::path* file_ = nullptr;
+  std::terminate_handler old_;
+};
+
+void check_file(const fs::path& file) {
+  std::string problem;
+  try {
+    problem = elf_problem(file);
+  } catch (const Error& error) {
+    throw Error(ExitCode::kPlugin, "plugin " + error.message());
+  }
+  if (!problem.empty()) fail(file, problem);
+}
+
+// A plugin with libtessera_core in it, or beside it under another name, has types of its own that this process takes for others.
+void check_core(const fs::path& file, void* library) {
+  Dl_info ours{};
+  if (!dladdr(reinterpret_cast<void*>(&core_build_key), &ours) || !ours.dli_sname) return;
+  void* const theirs = dlsym(library, ours.dli_sname);
+  Dl_info where{};
+  if (theirs && theirs != ours.dli_saddr && dladdr(theirs, &where))
+    fail(file, fmt::format("uses a copy of libtessera_core of its own, {}, this tessera has {}", where.dli_fname, ours.dli_fname), "link tessera::core, as tessera_add_block does, and neither its sources nor an archive of them");
+}
+
 }  // namespace
 
 void Registry::load_file(const fs::path& file) {
+  check_file(file);
   // Never deleted: objects, autograd nodes and vtables of a plugin live until the process ends, and closing it would pull them away.
   auto* library = new boost::dll::shared_library();
   boost::dll::fs::error_code code;
-  library->load(boost::dll::fs::path(fs::absolute(file).string()), boost::dll::load_mode::rtld_now | boost::dll::load_mode::rtld_local, code);
+  try {
+    const InitialiserGuard guard(file);
+    library->load(boost::dll::fs::path(fs::absolute(file).string()), boost::dll::load_mode::rtld_now | boost::dll::load_mode::rtld_local, code);
+  } catch (...) {
+    InitialiserGuard::end();
+  }
   if (code) {
     const char* why = dlerror();
-    fail(file, fmt::format("cannot be loaded: {}", why ? why : "not a shared object"));
+    fail(file, fmt::format("cannot be loaded: {}", why ? why : "not a shared object"), kRebuild);
   }
+  check_core(file, library->native());
   if (!library->has(kEntry)) fail(file, fmt::format("exports no entry `{}`", kEntry), fmt::format("{}; the number is the ABI it was built for", kSeeAbi));
   const PluginHead* head = nullptr;
   try {
     head = library->get<const PluginHead*()>(kEntry)();
-  } catch (const std::exception& error) {
-    fail(file, fmt::format("{}() failed: {}", kEntry, error.what()));
+  } catch (...) {
+    fail(file, fmt::format("{}() failed: {}", kEntry, current_error()));
   }
   check_head(file, head);
   add(make_manifest(file, *head), file);

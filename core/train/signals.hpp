@@ -3,7 +3,7 @@
 
 namespace tessera {
 
-// Installs the handlers while alive. A second signal of the same kind ends the process at once.
+// Installs the handlers while alive. A second SIGINT or SIGTERM ends the process at once.
 class StopSignals {
  public:
   StopSignals();

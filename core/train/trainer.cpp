@@ -70,6 +70,8 @@ class Run {
  private:
   // True when the run is finished already.
   bool open_folder() {
+    make_folder(folder_);
+    lock_.emplace(folder_, "another process is training there", "wait until it ends, or choose another [run] folder or name");
     const auto complete = list_checkpoints(checkpoints_);
     if (!options_.resume) {
       if (fs::exists(folder_ / "metrics.jsonl") || !complete.empty())
@@ -84,6 +86,7 @@ class Run {
       }
     }
     make_folder(checkpoints_);
+    for (const char* name : {"config.toml", "metrics.jsonl"}) AtomicFile::clear_leftovers(folder_ / name);
     return false;
   }
 
@@ -175,16 +178,22 @@ class Run {
       if (detail > 0 && step_ % detail == 0) add_details(line, result, batches);
       const bool last = step_ == config_.training.steps;
       if (!validation_.empty() && (step_ % config_.validation.interval == 0 || last)) line["val_loss"] = validation_loss(*model_, validation_, config_.training.local_batch_size);
-      metrics.write(line);
-      if (events)
+      write([&] {
+        metrics.write(line);
+        if (!events) return;
         for (const auto& [key, value] : line.items())
           if (value.is_number() && key != "step") events->scalar(key, step_, value.get<double>());
+      });
       if (!options_.quiet && (step_ % config_.metrics.log_interval == 0 || last || line.contains("val_loss")))
         progress(line, live, (seconds() - began) / static_cast<double>(step_ - first_step));
-      const int signal = StopSignals::received();
       const int64_t interval = config_.checkpoint.interval;
-      if (last || signal || (interval > 0 && step_ % interval == 0)) save();
-      if (signal && !last) {
+      if (!last && !StopSignals::received() && (interval == 0 || step_ % interval != 0)) continue;
+      write([&] {
+        metrics.flush();
+        save();
+      });
+      if (const std::string failed = prune_checkpoints(checkpoints_, config_.checkpoint.keep_latest_k); !failed.empty()) say(failed);
+      if (const int signal = StopSignals::received(); signal && !last) {
         say(fmt::format("stopped by {} after step {}: checkpoint saved; go on with --resume", signal == SIGINT ? "SIGINT" : "SIGTERM", step_));
         return 128 + signal;
       }
@@ -236,11 +245,22 @@ class Run {
     std::cerr << progress_text(p, live, keep) << std::flush;
   }
 
+  // A write that fails ends the run: what was trained since the last checkpoint is lost, so the error says which that is.
+  void write(const std::function<void()>& work) {
+    try {
+      work();
+    } catch (const Error& error) {
+      const auto complete = list_checkpoints(checkpoints_);
+      std::string help = error.help();
+      if (!help.empty()) help += "; ";
+      help += complete.empty() ? "there is no complete checkpoint yet" : fmt::format("the last complete checkpoint is {}, and --resume goes on from it", complete.back().string());
+      throw Error(error.code(), fmt::format("step {}: {}", step_, error.message()), help);
+    }
+  }
+
   void save() {
-    const fs::path folder = checkpoints_ / fmt::format("step-{}", step_);
-    if (fs::exists(folder)) return;
-    save_checkpoint(folder, config_, registry_, *store_, optimizer_.get(), {.step = step_, .tokens = tokens_, .data = loader_->state(), .hf = hf_, .extra = nullptr});
-    prune_checkpoints(checkpoints_, config_.checkpoint.keep_latest_k);
+    save_checkpoint(checkpoints_ / fmt::format("step-{}", step_), config_, registry_, *store_, optimizer_.get(),
+                    {.step = step_, .tokens = tokens_, .data = loader_->state(), .hf = hf_, .extra = nullptr});
   }
 
   void say(const std::string& text) {
@@ -251,6 +271,7 @@ class Run {
   const Registry& registry_;
   TrainOptions options_;
   fs::path folder_, checkpoints_;
+  std::optional<FolderLock> lock_;
   std::optional<OpenCheckpoint> resume_from_;
   at::Device device_ = at::kCPU;
   at::ScalarType dtype_ = at::kFloat;
@@ -268,6 +289,9 @@ class Run {
 
 }  // namespace
 
-int train(const Config& config, const Registry& registry, const TrainOptions& options) { return Run(config, registry, options).go(); }
+int train(const Config& config, const Registry& registry, const TrainOptions& options) {
+  std::signal(SIGPIPE, SIG_IGN);  // a run does not end because nobody reads its progress any more
+  return Run(config, registry, options).go();
+}
 
 }  // namespace tessera

@@ -18,7 +18,8 @@ struct TrainOptions {
 // Runs `config` to its last step, into config.run.folder: config.toml, metrics.jsonl, TensorBoard events, checkpoints/step-N/.
 // With `resume` it goes on from the newest complete checkpoint there, or starts at step 0 and says so; without it a folder that holds a run is refused.
 // SIGINT and SIGTERM end it after the running step with a checkpoint. Returns 0, or 130 / 143 after a signal.
-// Throws Error(kRuntime) where a loss or gradient is not finite (step, first layer, last good checkpoint).
+// Throws Error(kRuntime) where a loss or gradient is not finite (step, first layer, last good checkpoint), where the folder cannot be written (file,
+// reason, last complete checkpoint), and where another process trains into it.
 int train(const Config& config, const Registry& registry, const TrainOptions& options);
 
 }  // namespace tessera

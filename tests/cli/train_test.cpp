@@ -2,7 +2,6 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
-#include <random>
 
 #include "tests/support/tiny_run.hpp"
 
@@ -82,35 +81,6 @@ TEST_F(Train, StoppedRunsGoOnAsIfNothingHadHappened) {
   ASSERT_EQ(end.code, 0) << end.err;
   EXPECT_NE(end.err.find(fmt::format("resuming cut at step {}", stopped)), std::string::npos) << end.err;
   expect_same_run("cut", "whole", 40);
-}
-
-TEST_F(Train, KilledRunsGoOnAsIfNothingHadHappened) {
-  auto sets = kLong;
-  sets[0] = "training.steps=25", sets[1] = "checkpoint.interval=1";  // saving is most of what it does
-  ASSERT_EQ(train("whole", sets).code, 0);
-  std::mt19937 random(std::random_device{}());
-  sets.push_back("run.folder=killed");
-  size_t seen = 0;
-  for (int kill = 0; kill < 3; ++kill) {
-    Process process(folder_, with_sets({"train", "tiny.toml", "--resume"}, sets));
-    const auto before = metrics("killed").size();
-    ASSERT_TRUE(process.wait_until([&] { return metrics("killed").size() >= before + 2; }));
-    const auto pause = std::uniform_int_distribution<int>(0, 40000)(random);
-    usleep(static_cast<useconds_t>(pause));
-    process.signal(SIGKILL);
-    process.wait();
-    seen = std::max(seen, metrics("killed").size());
-    for (const std::string& name : entries(folder_ / "killed/checkpoints"))
-      if (!name.starts_with(".")) {
-        EXPECT_TRUE(fs::exists(folder_ / "killed/checkpoints" / name / "state.json")) << name << " after " << pause << " us";
-      }
-  }
-  EXPECT_LT(seen, 25u) << "too late to kill it";
-  const Finished end = train("killed", sets, /*resume=*/true);
-  ASSERT_EQ(end.code, 0) << end.err;
-  EXPECT_NE(end.err.find("resuming killed at step "), std::string::npos) << end.err;
-  expect_same_run("killed", "whole", 25);
-  for (const std::string& name : entries(folder_ / "killed/checkpoints")) EXPECT_FALSE(name.starts_with(".")) << name << " is a leftover";
 }
 
 TEST_F(Train, SaysWhereItStarts) {

@@ -152,13 +152,15 @@ TEST_F(Checkpoint, NamesWhatIsDamaged) {
   for (const char* name : {"model.safetensors", "optimizer.safetensors", "config.toml"}) {
     const std::string good = file_text(to / name);
     put_file(to / name, good.substr(0, good.size() - 1));
-    EXPECT_EQ(message([&] { open_checkpoint(to, /*verify=*/false); }),
+    EXPECT_EQ(message([&] { open_checkpoint(to, /*optimizer=*/false); }),
               fmt::format("{}: damaged: {} bytes, {} when it was written", (to / name).string(), good.size() - 1, good.size()));
     for (const size_t at : {size_t{9}, good.size() / 2, good.size() - 1}) {
       std::string bad = good;
       bad[at] = static_cast<char>(bad[at] ^ 4);
       put_file(to / name, bad);
-      EXPECT_EQ(message([&] { open_checkpoint(to); }), (to / name).string() + ": damaged: its CRC-32 is not that of when it was written") << at;
+      const std::string damaged = (to / name).string() + ": damaged: its CRC-32 is not that of when it was written";
+      EXPECT_EQ(message([&] { open_checkpoint(to); }), damaged) << at;
+      EXPECT_EQ(message([&] { open_checkpoint(to, /*optimizer=*/false); }), name == std::string("optimizer.safetensors") ? "no error" : damaged) << at;
     }
     put_file(to / name, good);
   }
@@ -172,6 +174,40 @@ TEST_F(Checkpoint, NamesWhatIsDamaged) {
   later["format"] = 2;
   put_file(to / "state.json", later.dump());
   EXPECT_EQ(message([&] { open_checkpoint(to); }), (to / "state.json").string() + ": format 2 is newer than this program's 1");
+}
+
+TEST_F(Checkpoint, ChecksumsAreCrc32) {
+  put_file(folder_ / "check", "123456789");
+  EXPECT_EQ(file_crc32(folder_ / "check"), 0xcbf43926u);
+  put_file(folder_ / "check", "");
+  EXPECT_EQ(file_crc32(folder_ / "check"), 0u);
+  // Across blocks, and with a rest: the CRC of a text with its own CRC behind it is the residue of the polynomial.
+  std::string text(3'000'001, '\0');
+  for (size_t i = 0; i < text.size(); ++i) text[i] = static_cast<char>(i * i >> 7);
+  put_file(folder_ / "check", text);
+  const uint32_t crc = file_crc32(folder_ / "check");
+  for (int byte = 0; byte < 4; ++byte) text += static_cast<char>(crc >> (8 * byte));
+  put_file(folder_ / "check", text);
+  EXPECT_EQ(file_crc32(folder_ / "check"), 0x2144df1cu);
+}
+
+// A run that cannot see its checkpoints must not begin anew over them.
+TEST_F(Checkpoint, AFolderThatCannotBeReadIsNotAnEmptyOne) {
+  saved();
+  const fs::path loop = folder_ / "loop";
+  fs::create_symlink(loop, loop);
+  EXPECT_EQ(message([&] { list_checkpoints(loop); }), loop.string() + ": cannot be examined: Too many levels of symbolic links");
+  EXPECT_EQ(message([&] { list_checkpoints(folder_ / "checkpoints/step-2/state.json"); }), (folder_ / "checkpoints/step-2/state.json").string() + ": the folder cannot be read: Not a directory");
+  EXPECT_TRUE(list_checkpoints(folder_ / "none").empty());
+}
+
+TEST_F(Checkpoint, WhatCannotBeRemovedIsSaid) {
+  saved();
+  put_file(folder_ / "checkpoints/step-1/state.json", "{}");
+  put_file(folder_ / "checkpoints/.saving-removed-step-1", "a file in the way");
+  EXPECT_EQ(prune_checkpoints(folder_ / "checkpoints", 1), (folder_ / "checkpoints/step-1").string() + ": cannot be removed: Not a directory");
+  EXPECT_EQ(prune_checkpoints(folder_ / "checkpoints", 1), "");
+  EXPECT_EQ(entries(folder_ / "checkpoints"), std::vector<std::string>{"step-2"});
 }
 
 TEST_F(Checkpoint, AnotherArchitectureIsListed) {
@@ -251,7 +287,7 @@ TEST_F(Checkpoint, AResumeNeedsTheOptimizersState) {
 TEST_F(Checkpoint, AFolderThatIsThereIsNotReplaced) {
   const fs::path to = saved();
   Trained run;
-  EXPECT_EQ(message([&] { save(run); }), to.string() + ": a checkpoint is there already");
+  EXPECT_EQ(message([&] { save(run); }), to.string() + ": is there already");
   EXPECT_EQ(message([&] { open_checkpoint(to); }), "no error");
 }
 

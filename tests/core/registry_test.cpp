@@ -3,18 +3,19 @@
 #include <cstdlib>
 #include <fstream>
 
+#include <fmt/format.h>
 #include <gtest/gtest.h>
+#include <sys/stat.h>
 
+#include "tests/bad_plugins/refusals.hpp"
 #include "tests/core/fake_blocks.hpp"
+#include "tests/support/folder.hpp"
 
 namespace tessera {
 namespace {
 namespace fs = std::filesystem;
 
 const fs::path kBad = fs::path(TESSERA_BINARY_DIR) / "bad_plugins";
-constexpr const char* kRebuild = "\nhelp: rebuild the plugin against this tessera's headers and libtorch";
-constexpr const char* kMacro = "\nhelp: a plugin ends with TESSERA_PLUGIN(Type) in one of its files";
-
 template <class F>
 std::string error_of(F f) {
   try {
@@ -39,16 +40,66 @@ std::string said(const std::string& name) {
 
 TEST(Registry, BrokenPlugins) {
   ASSERT_TRUE(fs::is_directory(kBad)) << "build the target bad_plugins";
-  EXPECT_EQ(said("no_entry"), std::string("exports no entry `tessera_plugin_1`") + kMacro + "; the number is the ABI it was built for");
-  EXPECT_EQ(said("null_head"), std::string("tessera_plugin_1() returned null") + kMacro);
-  EXPECT_EQ(said("wrong_size"), "its head has 24 bytes, this tessera's has " + std::to_string(sizeof(PluginHead)) + kRebuild);
-  EXPECT_EQ(said("wrong_abi"), std::string("ABI 7, this tessera has ABI 1") + kRebuild);
-  EXPECT_EQ(said("wrong_build_key"), std::string("build key 'gcc-4 cxx11abi=0 libtorch=1.0.0 abi=1', this tessera has '") + core_build_key() + "'" + kRebuild);
-  EXPECT_EQ(said("wrong_struct_size"), "its Param has 4 bytes, this tessera's has " + std::to_string(sizeof(Param)) + kRebuild);
-  EXPECT_EQ(said("throwing"), "its types cannot be made: no schema today");
-  EXPECT_EQ(said("null_manifest"), std::string("its `make` returned null") + kMacro);
-  const fs::path undefined = kBad / "undefined_symbol.so";
-  EXPECT_EQ(said("undefined_symbol"), "cannot be loaded: " + undefined.string() + ": undefined symbol: nobody_defines_this");
+  for (const Refusal& refusal : refusals()) EXPECT_EQ(said(refusal.name), refusal.why) << refusal.name;
+}
+
+// The process cannot go on from this one.
+TEST(Registry, AnInitialiserThatThrowsEndsTheProcess) {
+  const std::string text = "error: plugin " + bad_plugin("throwing_initialiser").string() + ": its static initialisers failed: no device today\n";
+  EXPECT_EXIT(Registry::load({bad_plugin("throwing_initialiser")}), testing::ExitedWithCode(3), testing::Eq(text));
+}
+
+// A plugin's file, spoilt in one way each.
+class SpoiltPlugin : public FolderTest {
+ protected:
+  void SetUp() override {
+    FolderTest::SetUp();
+    good_ = file_text(kBad / "duplicate_a.so");
+    ASSERT_GT(good_.size(), 4096u);
+  }
+  std::string said_of(const std::string& bytes) {
+    const fs::path file = folder_ / fmt::format("spoilt-{}.so", number_++);  // one that was loaded stays mapped
+    put_file(file, bytes);
+    const std::string error = load_error({file}), begin = "error: plugin " + file.string() + ": ";
+    return error.starts_with(begin) ? error.substr(begin.size()) : error;
+  }
+  std::string with(size_t at, const std::string& bytes) const { return std::string(good_).replace(at, bytes.size(), bytes); }
+  std::string good_;
+  int number_ = 0;
+};
+
+TEST_F(SpoiltPlugin, IsNoSharedObject) {
+  EXPECT_EQ(said_of("no shared object"), "is no shared object: it does not begin as an ELF file does");
+  EXPECT_EQ(said_of(""), "is no shared object: it does not begin as an ELF file does");
+  EXPECT_EQ(said_of(with(16, std::string("\2\0", 2))), "is an ELF file of type 2, not a shared object");
+  const fs::path folder = folder_ / "pipe.so";
+  ASSERT_EQ(mkfifo(folder.c_str(), 0600), 0);
+  EXPECT_EQ(load_error({folder}), "error: plugin " + folder.string() + ": must be a regular file, got a device or pipe");
+}
+
+TEST_F(SpoiltPlugin, IsOfAnotherArchitecture) {
+  const char* here = good_[18] == 62 ? "x86-64" : "AArch64";
+  const auto other = [&](const char* name) { return fmt::format("is built for {}, this tessera is for {}", name, here); };
+  EXPECT_EQ(said_of(with(18, std::string("\xf3\0", 2))), other("RISC-V"));
+  EXPECT_EQ(said_of(with(18, std::string("\x34\x12", 2))), other("machine 4660"));
+  EXPECT_EQ(said_of(with(4, "\1").replace(18, 1, "\3")), other("x86 (32 bits)"));
+  EXPECT_EQ(said_of(with(5, "\2")), other("a big-endian machine"));
+}
+
+// Cut anywhere, it is refused or, where only what debuggers read is gone, loads; it never ends the process.
+TEST_F(SpoiltPlugin, IsCutShort) {
+  EXPECT_EQ(said_of(good_.substr(0, 20)), "is cut short: it has 20 bytes, its header alone 64");
+  size_t refused = 0;
+  for (size_t size = good_.size() - 1; size > 64; size -= std::min<size_t>(size, 997)) {
+    const std::string text = said_of(good_.substr(0, size));
+    if (text == "no error") {
+      EXPECT_EQ(refused, 0u) << size;
+      continue;
+    }
+    ++refused;
+    EXPECT_TRUE(text.starts_with(fmt::format("is cut short: it has {} bytes, and a part that ends at byte ", size))) << text;
+  }
+  EXPECT_GT(refused, 10u);
 }
 
 TEST(Registry, TwoPluginsOfOneType) {
@@ -76,7 +127,7 @@ TEST(Registry, FilesThatAreNoPlugins) {
   EXPECT_TRUE(Registry::load({}).plugins().empty());
   const fs::path text = folder / "text.so", missing = folder / "missing";
   std::ofstream(text) << "no shared object";
-  EXPECT_EQ(load_error({folder}), "error: plugin " + text.string() + ": cannot be loaded: " + text.string() + ": file too short");
+  EXPECT_EQ(load_error({folder}), "error: plugin " + text.string() + ": is no shared object: it does not begin as an ELF file does");
   EXPECT_EQ(load_error({missing}), "error: plugin " + missing.string() +
                                        ": no such file or folder\nhelp: plugins are looked for in the build's plugins/, in [plugins] paths and in TESSERA_PLUGIN_PATH");
   fs::remove_all(folder);
