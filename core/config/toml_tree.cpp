@@ -274,8 +274,9 @@ void apply_set(TomlNode& root, const std::string& set, Issues& issues) {
   std::string path;
   for (const std::string& part : *parts) path += (path.empty() ? "" : ".") + to_toml(Value(part));
   const auto read = [&](const std::string& text) {
-    refuse_monsters(text, label);
-    TomlNode chain = parse(path + " = " + text, label, label);
+    const std::string line = path + " = " + text;
+    refuse_monsters(line, label);
+    TomlNode chain = parse(line, label, label);
     const TomlNode* node = &chain;
     for (const std::string& part : *parts) {
       if (node->kind != TomlNode::Kind::kTable || node->entries.size() != 1 || node->entries[0].key != part)
