@@ -1,6 +1,7 @@
 // Runs that are killed at random moments of their steps and saves: the newest complete checkpoint loads, and the resumed run is the uninterrupted one.
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <random>
 #include <set>
 
@@ -47,7 +48,7 @@ class Kill : public TinyRunTest {
       // Every other run's saves are slowed, to some tenths of a second.
       const bool slow = killed % 2 == 1;
       Process process(folder_, with_sets({"train", "tiny.toml", "--resume"}, sets), slow ? failing({.below = (folder_ / "killed/checkpoints").string(), .delay_us = 1500}) : nullptr);
-      const size_t until = any(20) == 0 ? 0 : steps + 1 + static_cast<size_t>(any(3));  // 0: in its set-up
+      const size_t until = any(20) == 0 ? 0 : std::min<size_t>(40, steps + 1 + static_cast<size_t>(any(3)));  // 0: in its set-up
       if (until > 0) ASSERT_TRUE(process.wait_until([&] { return metrics("killed").size() >= until; }));
       usleep(static_cast<useconds_t>(any(until == 0 ? 900'000 : slow ? 400'000 : 40'000)));
       const bool ended = !process.running();

@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 #include <sys/mount.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <cstring>
 #include <set>
@@ -51,7 +52,8 @@ class WriteFailure : public TinyRunTest {
   // What the error says of a call that failed in the process `pid`: "run/metrics.jsonl: cannot be written: No space left on device".
   std::string said(const Call& call, int error) const {
     std::string path = fs::path(call.path).lexically_relative(folder_).string();
-    if (const size_t at = path.find(".tmp-"); at != std::string::npos) path.resize(at);
+    if (call.name == "open" || call.name == "write" || call.name == "flush")
+      if (const size_t at = path.rfind(".tmp-"); at != std::string::npos && path.find('/', at) == std::string::npos) path.resize(at);
     const char* what = call.name == "open"           ? "cannot be created"
                        : call.name == "open to read" ? "cannot be opened"
                        : call.name == "open folder"  ? "folder cannot be opened"
@@ -151,6 +153,34 @@ TEST_F(WriteFailure, ARunEndsAndGoesOnWhenItCanWriteAgain) {
   std::string counts;
   for (const auto& [name, count] : seen) counts += fmt::format(" {} {},", count, name);
   fmt::print("{} of {} calls failed once:{}\n", kind, all.size(), counts);
+}
+
+// Each ninth call; all of them with --all.
+TEST_F(WriteFailure, ANewPluginIsWholeOrAbsent) {
+  const fs::path below = folder_ / "blocks", log = folder_ / "log";
+  const int64_t stride = std::getenv("TESSERA_TEST_ALL") ? 1 : 9;
+  int64_t at = 1;
+  for (;; at += stride) {
+    SCOPED_TRACE(at);
+    fs::remove_all(below), fs::remove(log);
+    fs::create_directory(below);
+    const Finished end = tessera({"new-plugin", "gated", "--symbol", "G", "--folder", "blocks"}, {}, failing({.below = below.string(), .at = at, .error = ENOSPC, .stays = true, .log = log.string()}));
+    const std::vector<Call> all = calls(log);
+    const auto failed = std::find_if(all.begin(), all.end(), [](const Call& call) { return call.failed; });
+    if (failed == all.end()) {
+      EXPECT_EQ(end.code, 0) << end.err;
+      EXPECT_EQ(entries(below / "gated").size(), 5u);
+      break;
+    }
+    std::string error = end.err;
+    if (const size_t here = error.find(folder_.string() + "/"); here != std::string::npos) error.erase(here, folder_.string().size() + 1);
+    EXPECT_EQ(end.code, 4);
+    EXPECT_EQ(error, with_help(said(*failed, ENOSPC), help_of(ENOSPC)));
+    if (failed->path != below.string()) {
+      EXPECT_EQ(entries(below), std::vector<std::string>{});
+    }
+  }
+  EXPECT_GT(at, 30);
 }
 
 // A folder on a disk of its own, where the test may mount one.
