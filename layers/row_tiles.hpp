@@ -30,22 +30,35 @@ inline Vector lanes(const T* p, int64_t n) {
 
 inline constexpr int kColumns = 4;  // of an output tile
 
+#ifdef __AVX512F__
+template <int... kLanes>
+inline Vector pick(Vector a, Vector b) {
+  return __builtin_shufflevector(a, b, kLanes...);
+}
+inline Vector add_lanes(Vector a, Vector b) {
+  return pick<0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30>(a, b) + pick<1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31>(a, b);
+}
+inline Vector add_pairs(Vector a, Vector b) {
+  return pick<0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29>(a, b) + pick<2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31>(a, b);
+}
+inline Vector add_fours(Vector a, Vector b) {
+  return pick<0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27>(a, b) + pick<4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31>(a, b);
+}
+inline Vector add_halves(Vector a, Vector b) {
+  return pick<0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23>(a, b) + pick<8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31>(a, b);
+}
+#endif
+
 // The lanes' sums of kRows x kColumns vectors, row by row, into to [4 * kColumns]. Neighbouring lanes are added first, then neighbouring
 // pairs, and so on, while the vectors are merged: about three instructions a vector.
 template <int kRows>
 inline void tile_sums(const Vector (*v)[kColumns], float* to) {
 #ifdef __AVX512F__
-  typedef int Pick __attribute__((vector_size(64)));
-  constexpr Pick kEven{0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30}, kOdd{1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31};
-  constexpr Pick kEvenPairs{0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29}, kOddPairs{2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31};
-  constexpr Pick kEvenFours{0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27}, kOddFours{4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31};
-  constexpr Pick kLow{0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23}, kHigh{8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31};
-  const auto merge = [](Vector a, Vector b, Pick first, Pick second) { return __builtin_shuffle(a, b, first) + __builtin_shuffle(a, b, second); };
   Vector row[4] = {};
 #pragma GCC unroll 4
   for (int r = 0; r < kRows; ++r)
-    row[r] = merge(merge(v[r][0], v[r][1], kEven, kOdd), merge(v[r][2], v[r][3], kEven, kOdd), kEvenPairs, kOddPairs);
-  const Vector all = merge(merge(row[0], row[1], kEvenFours, kOddFours), merge(row[2], row[3], kEvenFours, kOddFours), kLow, kHigh);
+    row[r] = add_pairs(add_lanes(v[r][0], v[r][1]), add_lanes(v[r][2], v[r][3]));
+  const Vector all = add_halves(add_fours(row[0], row[1]), add_fours(row[2], row[3]));
   std::memcpy(to, &all, sizeof all);
 #else
   for (int r = 0; r < kRows; ++r)

@@ -95,16 +95,14 @@ inline void tile_gemm_to_lower(int64_t n, int64_t inner, const float* a, int64_t
 // to[cols, rows] = from[rows, cols]^T, rounded up to multiples of 4 both ways.
 inline void tile_transpose(int64_t rows, int64_t cols, const float* from, int64_t ld_from, float* to, int64_t ld_to) {
   typedef float Four __attribute__((vector_size(16), aligned(4), may_alias));
-  typedef int Pick __attribute__((vector_size(16)));
-  constexpr Pick kLow{0, 4, 1, 5}, kHigh{2, 6, 3, 7}, kFirst{0, 1, 4, 5}, kSecond{2, 3, 6, 7};
   for (int64_t r = 0; r < rows; r += 4)
     for (int64_t c = 0; c < cols; c += 4) {
       Four in[4];
       for (int i = 0; i < 4; ++i) in[i] = *reinterpret_cast<const Four*>(from + (r + i) * ld_from + c);
-      const Four a = __builtin_shuffle(in[0], in[1], kLow), b = __builtin_shuffle(in[2], in[3], kLow);
-      const Four d = __builtin_shuffle(in[0], in[1], kHigh), e = __builtin_shuffle(in[2], in[3], kHigh);
-      const Four out[4] = {__builtin_shuffle(a, b, kFirst), __builtin_shuffle(a, b, kSecond), __builtin_shuffle(d, e, kFirst),
-                           __builtin_shuffle(d, e, kSecond)};
+      const Four a = __builtin_shufflevector(in[0], in[1], 0, 4, 1, 5), b = __builtin_shufflevector(in[2], in[3], 0, 4, 1, 5);
+      const Four d = __builtin_shufflevector(in[0], in[1], 2, 6, 3, 7), e = __builtin_shufflevector(in[2], in[3], 2, 6, 3, 7);
+      const Four out[4] = {__builtin_shufflevector(a, b, 0, 1, 4, 5), __builtin_shufflevector(a, b, 2, 3, 6, 7), __builtin_shufflevector(d, e, 0, 1, 4, 5),
+                           __builtin_shufflevector(d, e, 2, 3, 6, 7)};
       for (int i = 0; i < 4; ++i) *reinterpret_cast<Four*>(to + (c + i) * ld_to + r) = out[i];
     }
 }
