@@ -28,7 +28,7 @@ struct Field {
   std::string doc;         // one line, what it means
   std::string unit_;       // "tokens", "bytes", "nats"; empty where it has none
   double min_ = -std::numeric_limits<double>::infinity();  // numbers and each element of a list lie in [min, max]
-  double max_ = std::numeric_limits<double>::infinity();
+  double max_ = std::numeric_limits<double>::infinity();   // integers without an upper bound of their own end at 10^9
   bool above_min_ = false;                 // open at the lower end: (min, max]
   bool finite_ = true;                     // infinities are refused unless allowed
   int64_t length_ = -1;                    // of a list; -1: any
