@@ -98,7 +98,12 @@ class WriteFailure : public TinyRunTest {
     Call failed;
     for (const Call& call : calls(folder_ / "log"))
       if (call.failed && !failed.failed) failed = call;
-    ASSERT_TRUE(failed.failed) << "nothing failed";
+    // The last call closes a file, which a full disk does not hinder.
+    if (!failed.failed) {
+      EXPECT_TRUE(kind.stays && calls(folder_ / "log").back().name == "close") << "nothing failed";
+      EXPECT_EQ(end.code, 0) << end.err;
+      return expect_same_run("run", "whole", 3);
+    }
     ++seen[failed.name];
     const std::string name = fs::path(failed.path).filename().string();
     // What cannot be closed was flushed before; a checkpoint that cannot be removed is no reason to end a run.

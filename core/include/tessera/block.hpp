@@ -34,9 +34,9 @@
 
 namespace tessera {
 
-// How a block's input and output lie over the tensor-parallel ranks; the core does the gathers and reductions at its edges.
+// How a block's input and output lie over the tensor-parallel ranks. Between blocks tokens are cut over them; the core gathers and reduces at a block's edges.
 enum class Layout {
-  kFull,            // every rank holds all tokens and all of D
+  kFull,            // every rank holds all tokens and all of D; as an output: every rank computed the same
   kSequenceShard,   // every rank holds its share of the tokens
   kPartialSum,      // every rank holds a summand (output only)
 };
@@ -54,6 +54,9 @@ struct BlockInfo {
   Symbol symbols[4] = {};
   Layout input = Layout::kFull;
   Layout output = Layout::kPartialSum;
+  // Under context parallelism x_nd holds this rank's pieces of documents: true for a block that treats tokens apart or mixes them through operators
+  // that take the Context. Else the core gives it all tokens of the micro-batch, on every context rank, and keeps this rank's part of the result.
+  bool takes_pieces = false;
   bool pre_norm = true;   // the core applies RMSNorm before the block
   bool residual = true;   // and adds the block's input to its output
   const char* source = "";

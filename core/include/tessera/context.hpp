@@ -8,7 +8,9 @@
 #include <string_view>
 #include <vector>
 
+#include "tessera/context_cut.hpp"
 #include "tessera/env.hpp"
+#include "tessera/ranks.hpp"
 #include "tessera/spans.hpp"
 
 namespace tessera {
@@ -31,8 +33,20 @@ class Context {
   explicit Context(const Spans& spans) : spans_(&spans) {}
   virtual ~Context();
 
+  // Of the rows of x_nd. Over several ranks those may be pieces of documents: see cut() and BlockInfo.
   const Spans& spans() const { return *spans_; }
   const Mesh& mesh() const { return mesh_; }
+
+  // The ranks to exchange with; a group of one rank is nullptr.
+  const Group* tensor_group() const { return groups_ ? groups_->tensor() : nullptr; }
+  const Group* context_group() const { return groups_ ? groups_->context() : nullptr; }
+  const Group* sequence_group() const { return groups_ ? groups_->sequence() : nullptr; }
+  const Group* expert_group() const { return groups_ ? groups_->experts() : nullptr; }
+  const Group* tensor_part(int64_t size) const { return groups_ ? groups_->tensor_part(size) : nullptr; }
+  // How the micro-batch lies over the context-parallel ranks; nullptr where x_nd holds all of its tokens.
+  const ContextCut* cut() const { return cut_; }
+  // Tokens of all tensor-parallel ranks together: the rows of x_nd where the block takes them all, their sum over the ranks where it takes sequence shards.
+  int64_t sequence_tokens() const { return sequence_tokens_ < 0 ? spans_->num_tokens() : sequence_tokens_; }
   // True in training's forward passes: auxiliary losses are wanted and statistics count.
   bool training() const { return training_; }
   // bool [N], true where the token is no padding; undefined when all are valid.
@@ -59,6 +73,9 @@ class Context {
   // Set by the core.
   void set_training(bool on) { training_ = on; }
   void set_mesh(const Mesh& mesh) { mesh_ = mesh; }
+  void set_groups(const BlockGroups* groups) { groups_ = groups; }
+  void set_cut(const ContextCut* cut) { cut_ = cut; }
+  void set_sequence_tokens(int64_t tokens) { sequence_tokens_ = tokens; }
   void set_valid(at::Tensor valid_n) { valid_n_ = std::move(valid_n); }
   void set_states(const std::map<std::string, at::Tensor, std::less<>>* states) { states_ = states; }
   void set_decisions(Decisions* decisions, bool replaying) { decisions_ = decisions, replaying_ = replaying; }
@@ -68,6 +85,9 @@ class Context {
  private:
   const Spans* spans_;
   Mesh mesh_;
+  const BlockGroups* groups_ = nullptr;
+  const ContextCut* cut_ = nullptr;
+  int64_t sequence_tokens_ = -1;
   bool training_ = false, replaying_ = false;
   at::Tensor valid_n_;
   const std::map<std::string, at::Tensor, std::less<>>* states_ = nullptr;

@@ -1,0 +1,120 @@
+#include "parallel/mesh_groups.hpp"
+
+#include <fmt/format.h>
+#include <fmt/ranges.h>
+#include <torch/csrc/distributed/c10d/Backend.hpp>
+#include <torch/csrc/distributed/c10d/PrefixStore.hpp>
+
+#include "tessera/error.hpp"
+
+namespace tessera {
+
+Place place_of(const Mesh& mesh, int64_t rank) {
+  Place place{.rank = rank};
+  place.tp = rank % mesh.tp, rank /= mesh.tp;
+  place.cp = rank % mesh.cp, rank /= mesh.cp;
+  place.dp_shard = rank % mesh.dp_shard, rank /= mesh.dp_shard;
+  place.dp_replicate = rank % mesh.dp_replicate, rank /= mesh.dp_replicate;
+  place.pp = rank;
+  const int64_t within = (place.dp_shard * mesh.cp + place.cp) * mesh.tp + place.tp;
+  place.etp = within % mesh.etp;
+  place.ep = within / mesh.etp % mesh.ep;
+  place.expert_copy = within / (mesh.etp * mesh.ep);
+  return place;
+}
+
+int64_t rank_at(const Mesh& mesh, const Place& place) {
+  return (((place.pp * mesh.dp_replicate + place.dp_replicate) * mesh.dp_shard + place.dp_shard) * mesh.cp + place.cp) * mesh.tp + place.tp;
+}
+
+std::string place_text(const Mesh& mesh, int64_t rank) {
+  const Place place = place_of(mesh, rank);
+  std::vector<std::string> axes;
+  for (const auto& [name, degree, at] : {std::tuple{"pp", mesh.pp, place.pp}, {"dp_replicate", mesh.dp_replicate, place.dp_replicate}, {"dp_shard", mesh.dp_shard, place.dp_shard},
+                                         {"cp", mesh.cp, place.cp}, {"tp", mesh.tp, place.tp}})
+    if (degree > 1) axes.push_back(fmt::format("{} {}", name, at));
+  return axes.empty() ? fmt::format("rank {}", rank) : fmt::format("rank {} ({})", rank, fmt::join(axes, ", "));
+}
+
+template <class F>
+std::vector<int64_t> MeshGroups::where(F same) const {
+  std::vector<int64_t> ranks;
+  for (int64_t rank = 0; rank < mesh_.size(); ++rank)
+    if (same(place_of(mesh_, rank))) ranks.push_back(rank);
+  return ranks;
+}
+
+std::unique_ptr<Group> MeshGroups::make(const std::string& name, const std::vector<int64_t>& ranks) const {
+  if (ranks.size() < 2) return nullptr;
+  int64_t here = -1;
+  for (size_t i = 0; i < ranks.size(); ++i)
+    if (ranks[i] == place_.rank) here = static_cast<int64_t>(i);
+  if (here < 0) return nullptr;
+  const auto size = static_cast<int64_t>(ranks.size());
+  try {
+    const auto store = c10::make_intrusive<c10d::PrefixStore>(fmt::format("{}/{}/", name, fmt::join(ranks, "-")), world_.store);
+    return make_backend_group(name, ranks, here, world_.whereabouts, gloo_backend(store, here, size, world_.device, world_.timeout), /*sums_itself=*/false);
+  } catch (const std::exception& error) {
+    const std::string why = error.what();
+    throw Error(ExitCode::kCollective, fmt::format("rank {} could not meet ranks {} of {}: {}", place_.rank, fmt::join(ranks, ", "), name, why.substr(0, why.find('\n'))));
+  }
+}
+
+MeshGroups::MeshGroups(World world, const Mesh& mesh) : world_(std::move(world)), mesh_(mesh), place_(place_of(mesh, world_.rank)) {
+  const Place& p = place_;
+  // The ranks that share one micro-batch's rows or parameters lie within one replica of one stage.
+  const auto replica = [&p](const Place& o) { return o.pp == p.pp && o.dp_replicate == p.dp_replicate; };
+  all_ = make("world", where([](const Place&) { return true; }));
+  pipe_ = make("pp", where([&](const Place& o) { return o.dp_replicate == p.dp_replicate && o.dp_shard == p.dp_shard && o.cp == p.cp && o.tp == p.tp; }));
+  stage_ = make("stage", where([&](const Place& o) { return o.pp == p.pp; }));
+  if (mesh_.pp > 1)
+    ends_ = make("ends", where([&](const Place& o) {
+                   return (o.pp == 0 || o.pp == mesh_.pp - 1) && o.dp_replicate == p.dp_replicate && o.dp_shard == p.dp_shard && o.cp == p.cp && o.tp == p.tp;
+                 }));
+  replicate_ = make("dp_replicate", where([&](const Place& o) { return o.pp == p.pp && o.dp_shard == p.dp_shard && o.cp == p.cp && o.tp == p.tp; }));
+  data_ = make("dp_replicate x dp_shard", where([&](const Place& o) { return o.pp == p.pp && o.cp == p.cp && o.tp == p.tp; }));
+  shard_ = make(mesh_.cp > 1 ? "dp_shard x cp" : "dp_shard", where([&](const Place& o) { return replica(o) && o.tp == p.tp; }));
+  sequence_ = make("cp x tp", where([&](const Place& o) { return replica(o) && o.dp_shard == p.dp_shard; }));
+  context_ = make("cp", where([&](const Place& o) { return replica(o) && o.dp_shard == p.dp_shard && o.tp == p.tp; }));
+  tensor_ = make("tp", where([&](const Place& o) { return replica(o) && o.dp_shard == p.dp_shard && o.cp == p.cp; }));
+  experts_ = make("ep", where([&](const Place& o) { return replica(o) && o.expert_copy == p.expert_copy; }));
+  expert_shard_ = make("expert copies", where([&](const Place& o) { return replica(o) && o.ep == p.ep && o.etp == p.etp; }));
+}
+
+MeshGroups::~MeshGroups() = default;
+
+const Group* MeshGroups::tensor_part(int64_t size) const {
+  if (size == mesh_.tp) return tensor();
+  if (size < 2) return nullptr;
+  auto [found, added] = parts_.try_emplace({Axis::kTensor, size});
+  const Place& p = place_;
+  if (added)
+    found->second = make(fmt::format("tp/{}", mesh_.tp / size), where([&](const Place& o) {
+                           return o.pp == p.pp && o.dp_replicate == p.dp_replicate && o.dp_shard == p.dp_shard && o.cp == p.cp && o.tp / size == p.tp / size;
+                         }));
+  return found->second.get();
+}
+
+const Group* MeshGroups::expert_part(Axis axis, int64_t size) const {
+  if (size < 2) return nullptr;
+  auto [found, added] = parts_.try_emplace({axis, size});
+  const Place& p = place_;
+  const bool ep = axis == Axis::kExpert;
+  if (added)
+    found->second = make(fmt::format("{}/{}", ep ? "ep" : "etp", (ep ? mesh_.ep : mesh_.etp) / size), where([&](const Place& o) {
+                           return o.pp == p.pp && o.dp_replicate == p.dp_replicate && o.expert_copy == p.expert_copy &&
+                                  (ep ? o.etp == p.etp && o.ep / size == p.ep / size : o.ep == p.ep && o.etp / size == p.etp / size);
+                         }));
+  return found->second.get();
+}
+
+std::vector<const Group*> MeshGroups::list() const {
+  std::vector<const Group*> groups;
+  for (const auto* group : {&all_, &tensor_, &context_, &sequence_, &experts_, &shard_, &expert_shard_, &replicate_, &data_, &pipe_, &stage_, &ends_})
+    if (*group) groups.push_back(group->get());
+  for (const auto& [key, group] : parts_)
+    if (group) groups.push_back(group.get());
+  return groups;
+}
+
+}  // namespace tessera
