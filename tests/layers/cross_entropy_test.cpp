@@ -50,7 +50,7 @@ TEST_P(CrossEntropy, EqualsTheCompositionWhateverTheChunk) {
     };
     const auto loss_limit = limit(plain.output, want.output);
     for (const int64_t chunk : {1, 7, 0}) {
-      const auto got = with_gradients([&](const auto& in) { return linear_cross_entropy(in[0], in[1], t, chunk); }, {h, w}, g);
+      const auto got = with_gradients([&](const auto& in) { return linear_cross_entropy(in[0], in[1], t, nullptr, chunk); }, {h, w}, g);
       EXPECT_EQ(got.output.dim(), 0);
       EXPECT_EQ(got.output.scalar_type(), dtype == at::kDouble ? at::kDouble : at::kFloat);
       EXPECT_TRUE(close(got.output, want.output, loss_limit)) << c10::toString(dtype) << " chunk " << chunk;
@@ -59,7 +59,7 @@ TEST_P(CrossEntropy, EqualsTheCompositionWhateverTheChunk) {
         EXPECT_TRUE(close(got.gradients[i], want.gradients[i], limit(plain.gradients[i], want.gradients[i])))
             << c10::toString(dtype) << " chunk " << chunk << " input " << i;
       }
-      const auto each = cross_entropy_per_token(h, w, t, chunk);
+      const auto each = cross_entropy_per_token(h, w, t, nullptr, chunk);
       EXPECT_TRUE(close(each.sum(), want.output, loss_limit));
       EXPECT_EQ(each.masked_select(t.lt(0)).ne(0).sum().item<int64_t>(), 0);
     }
@@ -72,7 +72,7 @@ INSTANTIATE_TEST_SUITE_P(Sizes, CrossEntropy,
 TEST(CrossEntropy, AgreesWithFiniteDifferences) {
   const auto t = targets({7, 5, 3});
   const auto h = at::randn({7, 4}, at::kDouble), w = at::randn({5, 4}, at::kDouble), g = at::scalar_tensor(1.7, at::kDouble);
-  const TensorFn fn = [&](const auto& in) { return linear_cross_entropy(in[0], in[1], t, 3); };
+  const TensorFn fn = [&](const auto& in) { return linear_cross_entropy(in[0], in[1], t, nullptr, 3); };
   const auto got = with_gradients(fn, {h, w}, g);
   for (size_t i = 0; i < 2; ++i)
     EXPECT_TRUE(close(got.gradients[i], finite_difference(fn, {h, w}, i, g), tolerance(at::kDouble, Op::kFiniteDifference)));

@@ -4,6 +4,7 @@
 #include <torch/csrc/distributed/c10d/HashStore.hpp>
 
 #include <chrono>
+#include <cstdlib>
 #include <exception>
 #include <functional>
 #include <memory>
@@ -19,6 +20,7 @@ namespace tessera {
 // Runs `work` on every rank of `mesh`, each on one thread. Groups close when a rank ends or throws, so the others do not wait for it. Throws the error
 // of the rank that failed first.
 inline void run_ranks(const Mesh& mesh, const std::function<void(MeshGroups&)>& work, std::chrono::milliseconds timeout = std::chrono::seconds(60)) {
+  setenv("TORCH_FR_BUFFER_SIZE", "0", 1);  // c10d's record of collectives is one a process, and not safe among threads
   const auto store = c10::make_intrusive<c10d::HashStore>();
   const auto size = mesh.size();
   std::vector<std::thread> threads;
