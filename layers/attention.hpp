@@ -3,6 +3,7 @@
 #pragma once
 #include <ATen/core/Tensor.h>
 
+#include "tessera/context.hpp"
 #include "tessera/spans.hpp"
 
 namespace tessera {
@@ -15,6 +16,11 @@ namespace tessera {
 // Throws Error(kRuntime) with the shapes when they do not fit, and when a span begins beyond 0 without a cache.
 at::Tensor attention(const at::Tensor& q_nhp, const at::Tensor& k_nkp, const at::Tensor& v_nkp, const Spans& spans, double scale,
                      int64_t window = 0, const at::Tensor& k_cache_slkp = {}, const at::Tensor& v_cache_slkp = {});
+
+// Over the rows of ctx. Where they are pieces of documents, the earlier keys and values of these come from the context-parallel ranks that hold them,
+// no more than the window reaches, and their gradients go back. Throws as above, and Error(kCollective).
+at::Tensor attention(Context& ctx, const at::Tensor& q_nhp, const at::Tensor& k_nkp, const at::Tensor& v_nkp, double scale, int64_t window = 0,
+                     const at::Tensor& k_cache_slkp = {}, const at::Tensor& v_cache_slkp = {});
 
 // The plain composition: for each span the full square of scores, masked. Differentiable in any dtype.
 at::Tensor attention_ref(const at::Tensor& q_nhp, const at::Tensor& k_nkp, const at::Tensor& v_nkp, const Spans& spans, double scale,

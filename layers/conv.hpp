@@ -2,6 +2,7 @@
 #pragma once
 #include <ATen/core/Tensor.h>
 
+#include "tessera/context.hpp"
 #include "tessera/spans.hpp"
 
 namespace tessera {
@@ -16,5 +17,10 @@ at::Tensor causal_conv1d(const at::Tensor& x_nc, const at::Tensor& weight_c1w, c
                          const at::Tensor& state_scw = {});
 at::Tensor causal_conv1d_ref(const at::Tensor& x_nc, const at::Tensor& weight_c1w, const at::Tensor& bias_c, const Spans& spans, bool silu,
                              const at::Tensor& state_scw = {});
+
+// Over the rows of ctx: where they are pieces of documents, what a piece needs of the rows before it comes from the ranks that hold them.
+// The gradient reaches those ranks. Throws as above, and Error(kCollective).
+at::Tensor causal_conv1d(Context& ctx, const at::Tensor& x_nc, const at::Tensor& weight_c1w, const at::Tensor& bias_c, bool silu,
+                         const at::Tensor& state_scw = {});
 
 }  // namespace tessera

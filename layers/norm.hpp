@@ -2,6 +2,8 @@
 #pragma once
 #include <ATen/core/Tensor.h>
 
+#include "tessera/ranks.hpp"
+
 namespace tessera {
 
 // x / sqrt(mean(x^2) + eps) * weight over the last dimension.
@@ -17,5 +19,9 @@ at::Tensor gated_rms_norm(const at::Tensor& y_ni, const at::Tensor& z_ni, const 
                           at::ScalarType out_dtype);
 at::Tensor gated_rms_norm_ref(const at::Tensor& y_ni, const at::Tensor& z_ni, const at::Tensor& weight_i, int64_t group_size, double eps,
                               at::ScalarType out_dtype);
+// The same where the group_size channels of a group lie over the ranks of `part`, as many on each: y, z and weight hold this rank's group_size /
+// part->size(), and the sum of squares is summed over the ranks, and its gradient. nullptr: as above. Throws Error(kCollective) too.
+at::Tensor gated_rms_norm(const at::Tensor& y_ni, const at::Tensor& z_ni, const at::Tensor& weight_i, int64_t group_size, double eps,
+                          at::ScalarType out_dtype, const Group* part);
 
 }  // namespace tessera

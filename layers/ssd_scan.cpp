@@ -1,7 +1,6 @@
 #include "layers/ssd_scan.hpp"
 
 #include <ATen/core/grad_mode.h>
-#include <ATen/ops/empty.h>
 #include <fmt/format.h>
 #include <fmt/ranges.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -74,9 +73,8 @@ class SsdScan : public torch::autograd::Function<SsdScan> {
 at::Tensor ssd_scan(const at::Tensor& xbc_nc, const at::Tensor& dt_nh, const at::Tensor& dt_bias_h, const at::Tensor& A_log_h,
                     const at::Tensor& D_h, const SsdSizes& sizes, const Spans& spans, const at::Tensor& state_shps) {
   check(xbc_nc, dt_nh, dt_bias_h, A_log_h, D_h, sizes, spans, state_shps);
-  if (!xbc_nc.is_cpu() || xbc_nc.scalar_type() == at::kDouble)
+  if (!xbc_nc.is_cpu() || xbc_nc.scalar_type() == at::kDouble || spans.num_tokens() == 0)
     return ssd_scan_ref(xbc_nc, dt_nh, dt_bias_h, A_log_h, D_h, sizes, spans, state_shps);
-  if (spans.num_tokens() == 0) return at::empty({0, sizes.num_heads * sizes.head_dim}, xbc_nc.options().dtype(at::kFloat));
   if (!state_shps.defined()) return SsdScan::apply(xbc_nc, dt_nh, dt_bias_h, A_log_h, D_h, sizes, spans.rows());
   const at::NoGradGuard no_grad;
   const auto in = prepare(xbc_nc, dt_nh, dt_bias_h, A_log_h, D_h, sizes, spans.rows());

@@ -5,6 +5,7 @@
 
 #include <limits>
 
+#include "tessera/context.hpp"
 #include "tessera/spans.hpp"
 
 namespace tessera {
@@ -24,6 +25,11 @@ struct SsdSizes {
 // Throws Error(kRuntime) that names the shape which does not fit. Source: arXiv:2405.21060, section 6.
 at::Tensor ssd_scan(const at::Tensor& xbc_nc, const at::Tensor& dt_nh, const at::Tensor& dt_bias_h, const at::Tensor& A_log_h,
                     const at::Tensor& D_h, const SsdSizes& sizes, const Spans& spans, const at::Tensor& state_shps = {});
+
+// Over the rows of ctx. Where they are pieces of documents, every chunk's last state and decay go to all context-parallel ranks, and each adds to its
+// pieces what the states that enter them leave: exp(decay since) C_t s. Sums of decays are fp32 (fp64 for fp64). Throws as above, and Error(kCollective).
+at::Tensor ssd_scan(Context& ctx, const at::Tensor& xbc_nc, const at::Tensor& dt_nh, const at::Tensor& dt_bias_h, const at::Tensor& A_log_h,
+                    const at::Tensor& D_h, const SsdSizes& sizes, const at::Tensor& state_shps = {});
 
 // The same from differentiable ATen operators, on any device, in fp64 for fp64 inputs and fp32 otherwise. Documents are cut into chunks of
 // min(chunk, longest span), the last one padded: see ssd_scan_ref_flops.

@@ -35,7 +35,7 @@ at::Tensor ssd_scan_ref(const at::Tensor& xbc_nc, const at::Tensor& dt_nh, const
   const at::AutoGradMode grad(at::GradMode::is_enabled() && !state_shps.defined());
   const auto dtype = xbc_nc.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   const int64_t H = z.num_heads, P = z.head_dim, G = z.num_groups, S = z.state_size, R = H / G, N = spans.num_tokens();
-  if (N == 0) return at::zeros({0, H * P}, xbc_nc.options().dtype(dtype));
+  if (N == 0) return xbc_nc.narrow(1, 0, H * P).to(dtype) * D_h.to(dtype).repeat_interleave(P);
   const Chunks chunks(spans, z.chunk, xbc_nc.device());
   const int64_t Q = chunks.length(), M = std::accumulate(chunks.at_place().begin(), chunks.at_place().end(), int64_t{0});
   const at::Tensor xbc = xbc_nc.to(dtype);

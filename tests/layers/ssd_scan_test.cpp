@@ -45,7 +45,7 @@ struct Result {
   std::vector<at::Tensor> grads;
 };
 
-using Scan = decltype(&ssd_scan);
+using Scan = decltype(&ssd_scan_ref);
 
 Result run(const Problem& p, at::ScalarType dtype, Scan scan) {
   std::vector<at::Tensor> in;
