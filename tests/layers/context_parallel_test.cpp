@@ -104,7 +104,7 @@ std::vector<RankProblem> attentions(const std::vector<std::vector<int64_t>>& pac
 }
 
 TEST(ContextParallel, AttentionSeesTheKeysOfEarlierPieces) {
-  on_two_three_four_ranks([](at::ScalarType dtype) { return attentions(packings(), {0, 1, 2, 19, 100}, dtype); });
+  on_two_three_four_ranks([](at::ScalarType dtype) { return attentions(packings(), {0, 1, 2, 19}, dtype); });
 }
 
 // More queries than a mask holds at once, and windows longer and shorter than a piece.

@@ -29,7 +29,7 @@ Result run(const std::vector<at::Tensor>& inputs, const at::Tensor& dout, const 
   std::vector<at::Tensor> in;
   for (const auto& t : inputs) in.push_back(t.to(dtype).detach().clone().requires_grad_());
   Result r;
-  r.out = (fast ? causal_conv1d : causal_conv1d_ref)(in[0], in[1], in.size() > 2 ? in[2] : at::Tensor(), spans, silu, {});
+  r.out = (fast ? static_cast<decltype(&causal_conv1d_ref)>(causal_conv1d) : causal_conv1d_ref)(in[0], in[1], in.size() > 2 ? in[2] : at::Tensor(), spans, silu, {});
   r.grads = torch::autograd::grad({r.out}, in, {dout.to(dtype)});
   r.out = r.out.detach();
   return r;
@@ -135,7 +135,7 @@ TEST(CausalConv, PrefillAndStepsEqualTheWhole) {
             list.push_back({.document = s, .start = from, .length = length, .document_len = s ? 9 : 12, .state_slot = 2 - 2 * s});
             rows.push_back(x.narrow(0, 12 * s + from, length));
           }
-          const at::Tensor y = (fast ? causal_conv1d : causal_conv1d_ref)(at::cat(rows), w, b, Spans(list), true, state);
+          const at::Tensor y = (fast ? static_cast<decltype(&causal_conv1d_ref)>(causal_conv1d) : causal_conv1d_ref)(at::cat(rows), w, b, Spans(list), true, state);
           parts.narrow(0, list[0].start, list[0].length).copy_(y.narrow(0, 0, list[0].length));
           parts.narrow(0, 12 + list[1].start, list[1].length).copy_(y.narrow(0, list[0].length, list[1].length));
         }

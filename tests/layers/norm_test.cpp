@@ -30,7 +30,7 @@ Result run(const std::vector<at::Tensor>& inputs, const at::Tensor& dout, bool g
     in.push_back(inputs[k].to(wide && dtype == at::kBFloat16 ? at::kFloat : dtype).detach().clone().requires_grad_());
   }
   Result r;
-  if (gated) r.out = (fast ? gated_rms_norm : gated_rms_norm_ref)(in[0], in[1], in[2], group_size, 1e-5, out_dtype);
+  if (gated) r.out = (fast ? static_cast<decltype(&gated_rms_norm_ref)>(gated_rms_norm) : gated_rms_norm_ref)(in[0], in[1], in[2], group_size, 1e-5, out_dtype);
   else r.out = (fast ? rms_norm : rms_norm_ref)(in[0], in[1], 1e-5, out_dtype);
   r.grads = torch::autograd::grad({r.out}, in, {dout.to(out_dtype)});
   r.out = r.out.detach();
