@@ -3,9 +3,11 @@
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <ATen/TensorOperators.h>
+#include <ATen/ops/arange.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/stack.h>
+#include <ATen/ops/tensor.h>
 #include <ATen/ops/zeros.h>
 #include <fmt/format.h>
 #include <fmt/ranges.h>
@@ -13,9 +15,11 @@
 
 #include <algorithm>
 #include <cstring>
+#include <numeric>
 #include <type_traits>
 #include <vector>
 
+#include "layers/collectives.hpp"
 #include "tessera/error.hpp"
 
 namespace tessera {
@@ -226,6 +230,44 @@ at::Tensor combine_tokens(const at::Tensor& y_md, const at::Tensor& weights_nk, 
   if (weights_nk.sizes() != d.row_nk.sizes())
     fail("combine_tokens", fmt::format("weights must be [{}], got [{}]", fmt::join(d.row_nk.sizes(), ", "), fmt::join(weights_nk.sizes(), ", ")));
   return Combine::apply(y_md.contiguous(), weights_nk.to(sum_type(y_md)).contiguous(), d.slot_m, d.token_m, d.row_nk);
+}
+
+at::Tensor copies_of_experts(const at::Tensor& indices_nk, int64_t num_experts, const Group& group, int64_t etp) {
+  if (etp == 1) return indices_nk;
+  const auto N = indices_nk.size(0), k = indices_nk.size(1), size = num_experts * etp / group.size();
+  const auto first_nk = indices_nk.div(size, "floor") * (etp * size) + indices_nk.remainder(size);
+  return (first_nk.unsqueeze(2) + at::arange(etp, indices_nk.options()) * size).view({N, k * etp});
+}
+
+at::Tensor exchange_counts(const at::Tensor& counts_e, const Group& group, at::Device device) {
+  const auto sent_e = counts_e.to(device), arriving_e = at::empty_like(sent_e);
+  const std::vector<int64_t> even(static_cast<size_t>(group.size()), counts_e.size(0) / group.size());
+  group.all_to_all(arriving_e, sent_e, even, even);
+  return arriving_e.cpu();
+}
+
+ExpertRoute expert_route(const at::Tensor& counts_e, const at::Tensor& arriving_e, const Group& group, at::Device device) {
+  const auto ranks = group.size(), size = counts_e.size(0) / ranks;
+  ExpertRoute route;
+  std::vector<int64_t> expert_m;
+  const auto *counts = counts_e.const_data_ptr<int64_t>(), *arriving = arriving_e.const_data_ptr<int64_t>();
+  for (int64_t r = 0; r < ranks; ++r) {
+    route.sent.push_back(std::accumulate(counts + r * size, counts + (r + 1) * size, int64_t{0}));
+    route.received.push_back(std::accumulate(arriving + r * size, arriving + (r + 1) * size, int64_t{0}));
+    for (int64_t e = 0; e < size; ++e) expert_m.insert(expert_m.end(), static_cast<size_t>(arriving[r * size + e]), e);
+  }
+  const auto expert_m1 = at::tensor(at::ArrayRef<int64_t>(expert_m), at::kLong).unsqueeze(1);
+  route.arrived = dispatch(expert_m1.to(device), size);
+  return route;
+}
+
+at::Tensor rows_to_experts(const at::Tensor& x_md, const ExpertRoute& route, const Group& group) {
+  return permute_tokens(exchange_rows(x_md, route.sent, route.received, &group), route.arrived);
+}
+
+at::Tensor rows_from_experts(const at::Tensor& y_md, const ExpertRoute& route, const Group& group) {
+  const Dispatch back{.token_m = route.arrived.row_nk.flatten(), .row_nk = route.arrived.slot_m.unsqueeze(1)};
+  return exchange_rows(permute_tokens(y_md, back), route.received, route.sent, &group);
 }
 
 }  // namespace tessera

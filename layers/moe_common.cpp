@@ -8,6 +8,7 @@
 #include <cmath>
 
 #include "layers/activation.hpp"
+#include "layers/collectives.hpp"
 #include "layers/experts.hpp"
 #include "layers/linear.hpp"
 #include "layers/routing.hpp"
@@ -39,7 +40,22 @@ std::string nearest_divisors(int64_t value, int64_t wanted, int64_t limit) {
   return fmt::format("nearest: {}", below ? below : above);
 }
 
-void check_moe(const MoeConfig& c, Issues& issues) {
+namespace {
+
+// A size that a mesh axis cuts into equal parts.
+void check_parts(const char* key, const char* what, int64_t size, const char* axis, int64_t degree, Issues& issues) {
+  if (size % degree == 0) return;
+  const int64_t below = size / degree * degree, above = below + degree;
+  issues.add(key, fmt::format("{}must be a multiple of {}, got {} % {} = {}", what, axis, size, degree, size % degree),
+             below ? fmt::format("nearest: {}, {}", below, above) : fmt::format("nearest: {}", above));
+}
+
+}  // namespace
+
+void check_moe(const MoeConfig& c, const Env& env, Issues& issues) {
+  check_parts("num_experts", "the number of experts ", c.num_experts, "expert_parallel_degree", env.mesh.ep, issues);
+  check_parts("intermediate_size", "", c.intermediate_size, "expert_tensor_parallel_degree", env.mesh.etp, issues);
+  check_parts("shared_intermediate_size", "", c.shared_intermediate_size, "tensor_parallel_degree", env.mesh.tp, issues);
   if (c.top_k > c.num_experts)
     issues.add("top_k", fmt::format("must be at most the number of experts, got {} > {}", c.top_k, c.num_experts),
                fmt::format("nearest: {}", c.num_experts));
@@ -106,20 +122,35 @@ at::Tensor routed_experts(Context& ctx, const at::Tensor& router_input_nr, const
       ctx.once("experts", [&] { return choose_experts(scores_ne, w.buffer(kBias), c.top_k, c.num_groups, c.topk_group); });
   if (ctx.training()) {
     if (c.aux_loss_coeff > 0)
-      ctx.add_loss("seq_aux", seq_aux_loss(logits_ne, ctx.spans(), ctx.valid_n(), c.top_k) * c.aux_loss_coeff, Per::kDocument);
+      ctx.add_loss("seq_aux", seq_aux_loss(logits_ne, ctx.spans(), ctx.valid_n(), c.top_k, ctx.sequence_group()) * c.aux_loss_coeff, Per::kDocument);
     if (c.z_loss_coeff > 0) ctx.add_loss("z", router_z_loss(logits_ne, ctx.valid_n()) * c.z_loss_coeff, Per::kToken);
     ctx.count(kLoad, expert_counts(indices_nk, ctx.valid_n(), c.num_experts));
   }
-  const auto d = dispatch(indices_nk, c.num_experts);
-  const auto h_mf = relu2(grouped_linear(ctx, permute_tokens(x_nw, d), w["experts.up_proj.weight"], d.counts_e));
-  const auto y_mw = grouped_linear(ctx, h_mf, w["experts.down_proj.weight"], d.counts_e);
-  return combine_tokens(y_mw, expert_weights(scores_ne, indices_nk, c.norm_topk_prob, c.scaling), d);
+  const auto compute = [&](const at::Tensor& x_mw, const at::Tensor& counts_e) {
+    const auto h_mf = relu2(grouped_linear(ctx, x_mw, w["experts.up_proj.weight"], counts_e));
+    return grouped_linear(ctx, h_mf, w["experts.down_proj.weight"], counts_e);
+  };
+  const auto weights_nk = expert_weights(scores_ne, indices_nk, c.norm_topk_prob, c.scaling);
+  const Group* group = ctx.expert_group();
+  if (!group) {
+    const auto d = dispatch(indices_nk, c.num_experts);
+    return combine_tokens(compute(permute_tokens(x_nw, d), d.counts_e), weights_nk, d);
+  }
+  // The etp ranks of an expert each give a summand, as experts of their own would that have the same weight.
+  const auto etp = ctx.mesh().etp;
+  const auto copies_nc = copies_of_experts(indices_nk, c.num_experts, *group, etp);
+  const auto d = dispatch(copies_nc, c.num_experts * etp);
+  const auto arriving_e = ctx.once("arriving", [&] { return exchange_counts(d.counts_e, *group, x_nw.device()); });
+  const auto route = expert_route(d.counts_e, arriving_e, *group, x_nw.device());
+  const auto y_mw = rows_from_experts(compute(rows_to_experts(permute_tokens(x_nw, d), route, *group), route.arrived.counts_e), route, *group);
+  return combine_tokens(y_mw, weights_nk.repeat_interleave(etp, 1), d);
 }
 
 at::Tensor add_shared_experts(Context& ctx, const at::Tensor& routed_nd, const at::Tensor& x_nd, const Weights& w, const MoeConfig& c) {
   if (c.shared_intermediate_size == 0) return routed_nd;
-  const auto h_ns = relu2(linear(ctx, x_nd, w["shared_experts.up_proj.weight"], w.find("shared_experts.up_proj.bias")));
-  return routed_nd + partial_sum_linear(ctx, h_ns, w["shared_experts.down_proj.weight"], w.find("shared_experts.down_proj.bias"));
+  const auto h_ns = relu2(linear(ctx, gather_tokens(ctx, x_nd), w["shared_experts.up_proj.weight"], w.find("shared_experts.up_proj.bias")));
+  const auto y_nd = partial_sum_linear(ctx, h_ns, w["shared_experts.down_proj.weight"], w.find("shared_experts.down_proj.bias"));
+  return routed_nd + reduce_scatter_tokens(ctx, y_nd);
 }
 
 }  // namespace tessera

@@ -2,8 +2,8 @@
 // `latent_moe` computes on a latent width and may route on it.
 // Letters: N tokens, D hidden, R width of the router's input, W width of an expert's input and output, E experts, k experts per token,
 // F an expert's inner width.
-// Over tensor ranks every function here gives a summand of its result: the gate is replicated and its gradient summed, experts are
-// cut by ep and etp (a rank adds what its experts and its part of F give), the shared experts by tp.
+// Over ranks each has tokens of its own, which it routes itself; gate and latent projections are replicated. Experts are cut by ep and etp, and rows go
+// to them over the expert group; the shared experts are cut by tp, and tokens are gathered for them.
 #pragma once
 #include <ATen/core/Tensor.h>
 
@@ -50,14 +50,15 @@ void add_moe_fields(Schema<Config>& s) {
 }
 
 HfTable moe_hf();
-void check_moe(const MoeConfig& config, Issues& issues);
+void check_moe(const MoeConfig& config, const Env& env, Issues& issues);
 ParamTable moe_params(const MoeConfig& config, const Env& env, int64_t router_width, int64_t expert_width);
 BufferTable moe_buffers(const MoeConfig& config);
 Cost moe_cost(const MoeConfig& config, const Env& env, double num_tokens, int64_t router_width, int64_t expert_width);
 // Moves the router's bias towards balance by the global batch's "expert_load".
 void moe_after_step(const MoeConfig& config, Buffers& buffers, const Counts& counts);
 
-// sum_k w_k expert_k(x): router_input_nr [N, R], x_nw [N, W] -> [N, W]. Chooses once, reports losses and "expert_load" in training.
+// sum_k w_k expert_k(x): router_input_nr [N, R], x_nw [N, W] -> [N, W]. Chooses once, reports losses and "expert_load" of its own tokens in training.
+// Exchanges over the expert group, and for the balance loss over the sequence group, also where N = 0.
 at::Tensor routed_experts(Context& ctx, const at::Tensor& router_input_nr, const at::Tensor& x_nw, const Weights& w, const MoeConfig& config);
 // routed_nd + shared_experts(x_nd), or routed_nd where there are none: [N, D].
 at::Tensor add_shared_experts(Context& ctx, const at::Tensor& routed_nd, const at::Tensor& x_nd, const Weights& w, const MoeConfig& config);

@@ -4,6 +4,7 @@
 #include <ATen/TensorOperators.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/full.h>
 #include <ATen/ops/logsumexp.h>
 #include <ATen/ops/ones.h>
 #include <ATen/ops/sigmoid.h>
@@ -105,16 +106,22 @@ void choose_on_cpu(const at::Tensor& scores_ne, const at::Tensor& bias_e, const 
   });
 }
 
-// The running number of every token's document, [N], and how many documents there are.
-std::pair<std::vector<int64_t>, int64_t> document_of_token(const Spans& spans) {
+// The row of every token's document in a table over documents, [N], and how many rows it has: documents are numbered as they come, over ranks by
+// their own numbers, which all ranks know.
+std::pair<std::vector<int64_t>, int64_t> document_of_token(const Spans& spans, const Group* sequence, at::Device device) {
   std::unordered_map<int64_t, int64_t> numbers;
   std::vector<int64_t> document_n;
   document_n.reserve(static_cast<size_t>(spans.num_tokens()));
+  int64_t size = 0;
   for (const Span& span : spans.list()) {
-    const auto number = numbers.try_emplace(span.document, static_cast<int64_t>(numbers.size())).first->second;
+    const auto number = sequence ? span.document : numbers.try_emplace(span.document, size).first->second;
+    size = std::max(size, number + 1);
     document_n.insert(document_n.end(), static_cast<size_t>(span.length), number);
   }
-  return {std::move(document_n), static_cast<int64_t>(numbers.size())};
+  if (!sequence) return {std::move(document_n), size};
+  const auto most = at::full({1}, size, at::TensorOptions(at::kLong).device(device));
+  sequence->all_reduce(most, Reduce::kMax);
+  return {std::move(document_n), most.item<int64_t>()};
 }
 
 void check_mask(const at::Tensor& valid_n, int64_t num_tokens) {
@@ -149,7 +156,7 @@ at::Tensor expert_weights(const at::Tensor& scores_ne, const at::Tensor& indices
   return weights_nk * scaling;
 }
 
-at::Tensor seq_aux_loss(const at::Tensor& logits_ne, const Spans& spans, const at::Tensor& valid_n, int64_t k) {
+at::Tensor seq_aux_loss(const at::Tensor& logits_ne, const Spans& spans, const at::Tensor& valid_n, int64_t k, const Group* sequence) {
   const auto N = logits_ne.size(0), E = logits_ne.size(1);
   if (N != spans.num_tokens()) fail("seq_aux_loss", fmt::format("logits must be [{}, E], got [{}, {}]", spans.num_tokens(), N, E));
   const auto scores_ne = at::sigmoid(logits_ne);
@@ -157,15 +164,18 @@ at::Tensor seq_aux_loss(const at::Tensor& logits_ne, const Spans& spans, const a
   at::Tensor coefficient_ne;
   {
     at::NoGradGuard no_grad;
-    const auto [document_n, num_documents] = document_of_token(spans);
-    const auto document = at::tensor(at::ArrayRef<int64_t>(document_n)).to(logits_ne.device());
+    const auto [document_n, num_documents] = document_of_token(spans, sequence, logits_ne.device());
+    const auto document = at::tensor(at::ArrayRef<int64_t>(document_n), at::kLong).to(logits_ne.device());
     const auto valid = as_weights(valid_n, N, logits_ne.options());
     const auto chosen_nk = choose_experts(scores_ne, {}, k);
-    auto tokens_d = at::zeros({num_documents}, logits_ne.options()).index_add_(0, document, valid);
-    auto count_de = at::zeros({num_documents * E}, logits_ne.options());
-    count_de.index_add_(0, (document.unsqueeze(1) * E + chosen_nk).flatten(), valid.unsqueeze(1).expand({N, k}).flatten());
-    const auto factor_d = tokens_d.clamp_min(1).square().reciprocal() * (static_cast<double>(E) / static_cast<double>(k));
-    const auto coefficient_de = count_de.view({num_documents, E}) * factor_d.unsqueeze(1);
+    // The choices of every expert, then the tokens.
+    auto count_dx = at::zeros({num_documents * (E + 1)}, logits_ne.options());
+    count_dx.index_add_(0, (document.unsqueeze(1) * (E + 1) + chosen_nk).flatten(), valid.unsqueeze(1).expand({N, k}).flatten());
+    count_dx.index_add_(0, document * (E + 1) + E, valid);
+    if (sequence && num_documents > 0) sequence->all_reduce(count_dx);
+    count_dx = count_dx.view({num_documents, E + 1});
+    const auto factor_d1 = count_dx.narrow(1, E, 1).clamp_min(1).square().reciprocal() * (static_cast<double>(E) / static_cast<double>(k));
+    const auto coefficient_de = count_dx.narrow(1, 0, E) * factor_d1;
     coefficient_ne = coefficient_de.index_select(0, document) * valid.unsqueeze(1);
   }
   return (scores_ne / (scores_ne.sum(1, true) + kTiny) * coefficient_ne).sum();

@@ -7,6 +7,7 @@
 #include <ATen/core/Tensor.h>
 
 #include "tessera/context.hpp"
+#include "tessera/ranks.hpp"
 #include "tessera/spans.hpp"
 #include "tessera/weights.hpp"
 
@@ -28,7 +29,9 @@ at::Tensor expert_weights(const at::Tensor& scores_ne, const at::Tensor& indices
 // Sum over the documents that have a valid token of E/(k T^2) sum_e P_e c_e -> []: T valid tokens of the document, P_e their sum of
 // s_e / (sum(s) + 1e-20), c_e how many have e in the plain top-k of s = sigmoid(logits): no bias, no groups. Differentiable.
 // A document is every span of one document number; valid_n bool [N], undefined: all. Source: DeepSeek-V3, arXiv:2412.19437, eq. 17-20.
-at::Tensor seq_aux_loss(const at::Tensor& logits_ne, const Spans& spans, const at::Tensor& valid_n, int64_t k);
+// With a group, whose ranks hold tokens of the same documents under the same numbers: T and c are over the documents' tokens on all ranks, P over this
+// rank's, so that the ranks' results add up to the loss and each counts its own tokens. Exchanges a table of [greatest number + 1, E + 1].
+at::Tensor seq_aux_loss(const at::Tensor& logits_ne, const Spans& spans, const at::Tensor& valid_n, int64_t k, const Group* sequence = nullptr);
 // The same, document by document as the formula is written.
 at::Tensor seq_aux_loss_ref(const at::Tensor& logits_ne, const Spans& spans, const at::Tensor& valid_n, int64_t k);
 

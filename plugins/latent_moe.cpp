@@ -16,6 +16,9 @@ class LatentMoe final : public Block {
  public:
   static constexpr BlockInfo kInfo{.type = "latent_moe",
                                    .symbols = {{"card", 'L'}, {"nemotron", 'E', "moe_latent_size"}},
+                                   .input = Layout::kSequenceShard,
+                                   .output = Layout::kSequenceShard,
+                                   .takes_pieces = true,
                                    .source = "arXiv:2601.18089 (LatentMoE); HF models/nemotron_h"};
 
   struct Config : MoeConfig {
@@ -45,7 +48,7 @@ class LatentMoe final : public Block {
     const auto D = env.hidden_size, L = c.latent_size;
     if (c.match == "moe" && D % L)
       issues.add("latent_size", fmt::format("must divide hidden_size where match = \"moe\", got {} % {} = {}", D, L, D % L), nearest_divisors(D, L, D));
-    check_moe(matched(c, env), issues);
+    check_moe(matched(c, env), env, issues);
   }
 
   static ParamTable params(const Config& c, const Env& env) {
@@ -74,11 +77,10 @@ class LatentMoe final : public Block {
 
   LatentMoe(const Config& config, const Env& env) : config_(matched(config, env)), routes_on_latent_(config.router_input == "latent") {}
 
-  // Over tensor ranks the routed sum is a summand, which fc2 keeps one: a product and its share of the bias.
   at::Tensor forward(const at::Tensor& x_nd, const Weights& w, Context& ctx) const override {
     const auto z_nl = linear(ctx, x_nd, w["fc1_latent_proj.weight"], w.find("fc1_latent_proj.bias"));
     const auto routed_nl = routed_experts(ctx, routes_on_latent_ ? z_nl : x_nd, z_nl, w, config_);
-    const auto routed_nd = partial_sum_linear(ctx, routed_nl, w["fc2_latent_proj.weight"], w.find("fc2_latent_proj.bias"));
+    const auto routed_nd = linear(ctx, routed_nl, w["fc2_latent_proj.weight"], w.find("fc2_latent_proj.bias"));
     return add_shared_experts(ctx, routed_nd, x_nd, w, config_);
   }
 

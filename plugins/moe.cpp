@@ -8,7 +8,12 @@ namespace tessera {
 class Moe final : public Block {
  public:
   static constexpr BlockInfo kInfo{
-      .type = "moe", .symbols = {{"card", 'O'}, {"nemotron", 'E'}}, .source = "arXiv:2412.19437 (DeepSeek-V3); HF models/nemotron_h"};
+      .type = "moe",
+      .symbols = {{"card", 'O'}, {"nemotron", 'E'}},
+      .input = Layout::kSequenceShard,
+      .output = Layout::kSequenceShard,
+      .takes_pieces = true,
+      .source = "arXiv:2412.19437 (DeepSeek-V3); HF models/nemotron_h"};
 
   struct Config : MoeConfig {};
 
@@ -24,7 +29,7 @@ class Moe final : public Block {
     return table;
   }
 
-  static void check(const Config& c, const Env&, Issues& issues) { check_moe(c, issues); }
+  static void check(const Config& c, const Env& env, Issues& issues) { check_moe(c, env, issues); }
   static ParamTable params(const Config& c, const Env& env) { return moe_params(c, env, env.hidden_size, env.hidden_size); }
   static BufferTable buffers(const Config& c, const Env&) { return moe_buffers(c); }
   static Cost cost(const Config& c, const Env& env, const Documents& documents) {

@@ -140,9 +140,11 @@ TEST(MoeCommon, BiasFollowsTheLoad) {
   EXPECT_TRUE(bit_equal(buffers.begin()->second, want));
 }
 
-std::string broken_rules(const MoeConfig& c) {
+std::string broken_rules(const MoeConfig& c, const Mesh& mesh = {}) {
+  Env env = kEnv;
+  env.mesh = mesh;
   Issues issues;
-  check_moe(c, issues);
+  check_moe(c, env, issues);
   std::string text;
   for (const Issue& issue : issues.list()) text += issue.key + ": " + issue.rule + " / " + issue.help + "\n";
   return text;
@@ -161,6 +163,10 @@ TEST(MoeCommon, RulesNameTheirNumbers) {
   EXPECT_EQ(broken_rules(c), "topk_group: must be at most num_groups, got 5 > 4 / nearest: 4\n");
   c = example(), c.topk_group = 1, c.top_k = 4;
   EXPECT_EQ(broken_rules(c), "topk_group: must keep groups of at least top_k = 4 experts in all, got 1 * 3 = 3 / nearest: 2\n");
+  EXPECT_EQ(broken_rules(example(), {.dp_shard = 8, .tp = 2, .ep = 8, .etp = 2}), "num_experts: the number of experts must be a multiple of expert_parallel_degree, got 12 % 8 = 4 / nearest: 8, 16\n");
+  EXPECT_EQ(broken_rules(example(), {.dp_shard = 24, .ep = 24}), "num_experts: the number of experts must be a multiple of expert_parallel_degree, got 12 % 24 = 12 / nearest: 24\n");
+  EXPECT_EQ(broken_rules(example(), {.dp_shard = 4, .etp = 4}), "intermediate_size: must be a multiple of expert_tensor_parallel_degree, got 10 % 4 = 2 / nearest: 8, 12\n");
+  EXPECT_EQ(broken_rules(example(), {.tp = 3}), "shared_intermediate_size: must be a multiple of tensor_parallel_degree, got 20 % 3 = 2 / nearest: 18, 21\n");
 }
 
 }  // namespace
