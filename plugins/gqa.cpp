@@ -7,6 +7,7 @@
 
 #include "layers/attention.hpp"
 #include "layers/linear.hpp"
+#include "layers/nearest.hpp"
 #include "layers/norm.hpp"
 #include "layers/rope.hpp"
 #include "tessera/plugin.hpp"
@@ -15,7 +16,7 @@ namespace tessera {
 
 class Gqa final : public Block {
  public:
-  static constexpr BlockInfo kInfo{.type = "gqa", .symbols = {{"card", '*'}, {"nemotron", '*'}}, .source = "arXiv:2305.13245"};
+  static constexpr BlockInfo kInfo{.type = "gqa", .symbols = {{"card", '*'}, {"nemotron", '*'}}, .takes_pieces = true, .source = "arXiv:2305.13245"};
 
   struct Config {
     int64_t num_heads = 0, num_kv_heads = 0, head_dim = 0;
@@ -44,13 +45,22 @@ class Gqa final : public Block {
             .must_be = {{"attention_bias", false}, {"sliding_window", int64_t{0}}, {"attention_dropout", 0.0}, {"hidden_dropout", 0.0}}};
   }
 
-  static void check(const Config& c, const Env&, Issues& issues) {
+  static void check(const Config& c, const Env& env, Issues& issues) {
     if (c.num_kv_heads > 0 && c.num_heads % c.num_kv_heads != 0) {
       const auto below = std::max<int64_t>(1, c.num_heads / c.num_kv_heads) * c.num_kv_heads;
       issues.add("num_heads", fmt::format("must be a multiple of num_kv_heads, got {} % {} = {}", c.num_heads, c.num_kv_heads,
                                           c.num_heads % c.num_kv_heads),
                  c.num_heads < c.num_kv_heads ? fmt::format("nearest: {}", below) : fmt::format("nearest: {}, {}", below, below + c.num_kv_heads));
     }
+    const int64_t tp = std::max<int64_t>(1, env.mesh.tp), H = c.num_heads, K = std::max<int64_t>(1, c.num_kv_heads);
+    const auto shared = [tp](int64_t kv_heads) { return kv_heads % tp == 0 || tp % kv_heads == 0; };
+    if (H % tp != 0)
+      issues.add("num_heads", fmt::format("must be a multiple of the tensor-parallel degree, got {} % {} = {}", H, tp, H % tp),
+                 nearest_legal(H, [&](int64_t heads) { return heads % tp == 0 && heads % K == 0; }));
+    if (!shared(K))
+      issues.add("num_kv_heads", fmt::format("must be a multiple of the tensor-parallel degree or divide it, got {} % {} = {}", std::max(K, tp), std::min(K, tp),
+                                             std::max(K, tp) % std::min(K, tp)),
+                 nearest_legal(K, [&](int64_t kv_heads) { return H % kv_heads == 0 && shared(kv_heads); }));
     if (c.rope_theta > 0 && c.head_dim % 2 != 0)
       issues.add("head_dim", fmt::format("must be even with rope_theta, got {}", c.head_dim), fmt::format("nearest: {}, {}", c.head_dim - 1, c.head_dim + 1));
   }
@@ -105,15 +115,16 @@ class Gqa final : public Block {
   Gqa(const Config& c, const Env& env) : c_(c), eps_(env.norm_eps) {}
 
   at::Tensor forward(const at::Tensor& x_nd, const Weights& w, Context& ctx) const override {
-    const auto N = x_nd.size(0), P = c_.head_dim;
+    const auto P = c_.head_dim;
     const auto project = [&](const char* weight, const char* bias) {
-      return linear(ctx, x_nd, w[weight], w.find(bias)).view({N, -1, P});  // the heads of this rank
+      const auto y = linear(ctx, x_nd, w[weight], w.find(bias));
+      return y.unflatten(1, {y.size(1) / P, P});  // the heads of this rank
     };
     auto q_nhp = project("q_proj.weight", "q_proj.bias"), k_nkp = project("k_proj.weight", "k_proj.bias");
     const auto v_nkp = project("v_proj.weight", "v_proj.bias");
     if (c_.qk_norm) {
       const auto norm = [&](const at::Tensor& t, const char* name) {
-        return rms_norm(t.reshape({-1, P}), w[name].tensor(), eps_, t.scalar_type()).view(t.sizes());
+        return rms_norm(t.flatten(0, 1), w[name].tensor(), eps_, t.scalar_type()).view(t.sizes());
       };
       q_nhp = norm(q_nhp, "q_norm.weight"), k_nkp = norm(k_nkp, "k_norm.weight");
     }
@@ -122,7 +133,7 @@ class Gqa final : public Block {
       q_nhp = rope(q_nhp, positions_n, c_.rope_theta), k_nkp = rope(k_nkp, positions_n, c_.rope_theta);
     }
     const auto k_cache = ctx.has_state() ? ctx.state("k") : at::Tensor(), v_cache = ctx.has_state() ? ctx.state("v") : at::Tensor();
-    const auto y_nhp = attention(q_nhp, k_nkp, v_nkp, ctx.spans(), 1 / std::sqrt(static_cast<double>(P)), c_.sliding_window, k_cache, v_cache);
+    const auto y_nhp = attention(ctx, q_nhp, k_nkp, v_nkp, 1 / std::sqrt(static_cast<double>(P)), c_.sliding_window, k_cache, v_cache);
     return partial_sum_linear(ctx, y_nhp.flatten(1), w["o_proj.weight"], w.find("o_proj.bias"));
   }
 

@@ -8,6 +8,7 @@
 
 #include "layers/conv.hpp"
 #include "layers/linear.hpp"
+#include "layers/nearest.hpp"
 #include "layers/norm.hpp"
 #include "layers/ssd_scan.hpp"
 #include "tessera/plugin.hpp"
@@ -16,7 +17,7 @@ namespace tessera {
 
 class Mamba2 final : public Block {
  public:
-  static constexpr BlockInfo kInfo{.type = "mamba2", .symbols = {{"card", 'M'}, {"nemotron", 'M'}}, .source = "arXiv:2405.21060"};
+  static constexpr BlockInfo kInfo{.type = "mamba2", .symbols = {{"card", 'M'}, {"nemotron", 'M'}}, .takes_pieces = true, .source = "arXiv:2405.21060"};
 
   struct Config {
     int64_t num_heads = 0, head_dim = 64, state_size = 128, num_groups = 8, conv_width = 4, chunk = 64;
@@ -50,17 +51,18 @@ class Mamba2 final : public Block {
   }
 
   static void check(const Config& c, const Env& env, Issues& issues) {
-    const int64_t H = c.num_heads, G = c.num_groups, tp = env.mesh.tp;
-    const auto multiple = [&](const char* key, int64_t value, const char* of, int64_t unit) {
-      if (unit < 1 || value % unit == 0) return;
-      const int64_t below = value / unit * unit;
-      issues.add(key, fmt::format("must be a multiple of {}, got {} % {} = {}", of, value, unit, value % unit),
-                 below > 0 ? fmt::format("nearest: {}, {}", below, below + unit) : fmt::format("nearest: {}", unit));
+    const int64_t H = c.num_heads, G = std::max<int64_t>(1, c.num_groups), tp = std::max<int64_t>(1, env.mesh.tp);
+    const auto multiple = [&](const char* key, int64_t value, const char* of, int64_t unit, auto legal) {
+      if (value % unit != 0) issues.add(key, fmt::format("must be a multiple of {}, got {} % {} = {}", of, value, unit, value % unit), nearest_legal(value, legal));
     };
-    multiple("num_heads", H, "num_groups", G);
-    multiple("num_heads", H, "the tensor-parallel degree", tp);
-    if (tp <= G) multiple("num_groups", G, "the tensor-parallel degree", tp);
-    else multiple("parallelism.tensor_parallel_degree", tp, "num_groups where it exceeds it", G);
+    // Ranks have whole groups or share one: see Shard.
+    const auto fits = [](int64_t heads, int64_t groups, int64_t ranks) {
+      return heads % groups == 0 && heads % ranks == 0 && (groups % ranks == 0 || ranks % groups == 0);
+    };
+    multiple("num_heads", H, "num_groups", G, [&](int64_t heads) { return heads % G == 0 && heads % tp == 0; });
+    if (H % G == 0) multiple("num_heads", H, "the tensor-parallel degree", tp, [&](int64_t heads) { return heads % G == 0 && heads % tp == 0; });
+    if (tp <= G) multiple("num_groups", G, "the tensor-parallel degree", tp, [&](int64_t groups) { return fits(H, groups, tp); });
+    else multiple("parallelism.tensor_parallel_degree", tp, "num_groups where it exceeds it", G, [&](int64_t ranks) { return fits(H, G, ranks); });
     if (c.dt_limit[0] > c.dt_limit[1])
       issues.add("dt_limit", fmt::format("must be [lower, upper] with lower <= upper, got [{}, {}]", c.dt_limit[0], c.dt_limit[1]));
     if (c.dt_min > c.dt_max) issues.add("dt_min", fmt::format("must be at most dt_max = {}, got {}", c.dt_max, c.dt_min));
@@ -126,12 +128,12 @@ class Mamba2 final : public Block {
     const bool with_state = ctx.has_state();
 
     const auto packed = linear(ctx, x_nd, w["in_proj.weight"], w.find("in_proj.bias")).split_with_sizes({I, C, H}, 1);
-    const auto xbc_nc = causal_conv1d(packed[1], kernel_c1w, w.find("conv1d.bias").tensor(), ctx.spans(), /*silu=*/true,
+    const auto xbc_nc = causal_conv1d(ctx, packed[1], kernel_c1w, w.find("conv1d.bias").tensor(), /*silu=*/true,
                                       with_state && c_.conv_width > 1 ? ctx.state("conv") : at::Tensor());
-    const auto y_ni = ssd_scan(xbc_nc, packed[2], w["dt_bias"].tensor(), A_log_h, w["D"].tensor(), scan, ctx.spans(),
+    const auto y_ni = ssd_scan(ctx, xbc_nc, packed[2], w["dt_bias"].tensor(), A_log_h, w["D"].tensor(), scan,
                                with_state ? ctx.state("ssm") : at::Tensor());
-    const int64_t group_size = c_.num_heads * c_.head_dim / c_.num_groups;
-    const auto normed_ni = gated_rms_norm(y_ni, packed[0], w["norm.weight"].tensor(), group_size, eps_, x_nd.scalar_type());
+    const int64_t group_size = c_.num_heads * c_.head_dim / c_.num_groups, ranks = std::max<int64_t>(1, ctx.mesh().tp / c_.num_groups);  // that share a group
+    const auto normed_ni = gated_rms_norm(y_ni, packed[0], w["norm.weight"].tensor(), group_size, eps_, x_nd.scalar_type(), ctx.tensor_part(ranks));
     return partial_sum_linear(ctx, normed_ni, w["out_proj.weight"], w.find("out_proj.bias"));
   }
 
