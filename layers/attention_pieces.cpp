@@ -83,14 +83,15 @@ struct ContinuedAttention : torch::autograd::Function<ContinuedAttention> {
 at::Tensor blocks(const at::Tensor& q_nhp, const at::Tensor& k_mkp, const at::Tensor& v_mkp, int64_t window, double scale) {
   const int64_t n = q_nhp.size(0), B = k_mkp.size(0) - n, repeats = q_nhp.size(1) / k_mkp.size(1);
   const auto options = q_nhp.options().dtype(at::kLong);
+  const at::Tensor k_mhp = k_mkp.repeat_interleave(repeats, 1), v_mhp = v_mkp.repeat_interleave(repeats, 1);  // once: what every block keeps are views
   std::vector<at::Tensor> outputs;
   for (int64_t i = 0; i < n; i += kBlock) {
     const int64_t rows = std::min(kBlock, n - i), high = B + i + rows, low = window > 0 ? std::max<int64_t>(0, B + i + 1 - window) : 0;
     const at::Tensor query_n1 = at::arange(B + i, high, options).unsqueeze(1), key_1m = at::arange(low, high, options).unsqueeze(0);
     at::Tensor seen_nm = key_1m <= query_n1;
     if (window > 0) seen_nm = seen_nm.logical_and(key_1m > query_n1 - window);
-    const auto seen = [&](const at::Tensor& x_mkp) { return heads(x_mkp.narrow(0, low, high - low).repeat_interleave(repeats, 1)); };
-    outputs.push_back(at::scaled_dot_product_attention(heads(q_nhp.narrow(0, i, rows)), seen(k_mkp), seen(v_mkp), seen_nm, 0.0, false, scale).squeeze(0).transpose(0, 1));
+    const auto seen = [&](const at::Tensor& x_mhp) { return heads(x_mhp.narrow(0, low, high - low)); };
+    outputs.push_back(at::scaled_dot_product_attention(heads(q_nhp.narrow(0, i, rows)), seen(k_mhp), seen(v_mhp), seen_nm, 0.0, false, scale).squeeze(0).transpose(0, 1));
   }
   return at::cat(outputs);
 }
