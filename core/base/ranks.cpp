@@ -21,8 +21,10 @@ Group::Group(std::string name, std::vector<int64_t> ranks, int64_t rank, std::sh
 void Group::fail(const char* collective, uint64_t number, const std::string& why) const {
   const std::string place = whereabouts_->place.empty() ? "" : fmt::format(" in {}", whereabouts_->place);
   const std::string missing = whereabouts_->missing ? whereabouts_->missing(*this, number) : "";
-  throw Error(ExitCode::kCollective, fmt::format("{} over {} (ranks {}){}, number {}: {}{}", collective, name_, fmt::join(ranks_, ", "), place, number,
-                                                 missing.empty() ? "" : fmt::format("{} did not arrive: ", missing), why.substr(0, why.find('\n'))));
+  std::string reason = why.substr(0, why.find('\n'));
+  if (const size_t end = reason.find("] "); reason.starts_with('[') && end != std::string::npos) reason.erase(0, end + 2);  // the place in Gloo's sources
+  throw Error(ExitCode::kCollective, fmt::format("{} over {} (ranks {}){}, number {}: {}", collective, name_, fmt::join(ranks_, ", "), place, number,
+                                                 missing.empty() ? reason : fmt::format("{} ({})", missing, reason)));
 }
 
 // Adds to the backend's flight what an error says, and the time spent waiting.

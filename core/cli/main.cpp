@@ -43,7 +43,7 @@ int command(int argc, char** argv) {
   app.set_version_flag("--version", TESSERA_VERSION);
   app.require_subcommand(1);
   Run run;
-  for (auto add : {add_train, add_generate, add_eval, add_convert, add_verify, add_plan, add_bench, add_plugins, add_new_plugin, add_test}) add(app, run);
+  for (auto add : {add_train, add_generate, add_eval, add_convert, add_verify, add_plan, add_bench, add_launch, add_plugins, add_new_plugin, add_test}) add(app, run);
   app.footer("In the source tree, `./tessera setup` and `./tessera test [FILTER] [--all]` set up, build and run the tests.");
   try {
     app.parse(argc, argv);
@@ -51,7 +51,7 @@ int command(int argc, char** argv) {
   } catch (const CLI::ParseError& error) {
     return usage(app, error, argc > 1 ? argv[1] : "");
   } catch (const Error& error) {
-    std::cerr << error.what() << std::endl;
+    if (!error.message().empty()) std::cerr << error.what() << std::endl;  // else another rank tells it
     return static_cast<int>(error.code());
   } catch (const c10::Error& error) {
     std::cerr << "error: libtorch: " << error.what_without_backtrace() << std::endl;

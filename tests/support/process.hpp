@@ -27,11 +27,11 @@ struct Finished {
 class Process {
  public:
   // `prepare` runs in the child before the program starts: limits, environment.
-  Process(const std::filesystem::path& folder, const std::vector<std::string>& args, const std::function<void()>& prepare = {}) {
+  Process(const std::filesystem::path& folder, const std::vector<std::string>& args, const std::function<void()>& prepare = {}, const std::string& program = "tessera") {
     static int number = 0;
     ++number;
     out_ = folder / ("out-" + std::to_string(number)), err_ = folder / ("err-" + std::to_string(number));
-    std::vector<std::string> words{std::string(TESSERA_BINARY_DIR) + "/bin/tessera"};
+    std::vector<std::string> words{std::string(TESSERA_BINARY_DIR) + "/bin/" + program};
     words.insert(words.end(), args.begin(), args.end());
     std::vector<char*> argv;
     for (std::string& word : words) argv.push_back(word.data());
@@ -52,6 +52,8 @@ class Process {
   }
   Process(const Process&) = delete;
 
+  pid_t pid() const { return pid_; }
+  std::string err() const { return file_text(err_); }  // so far
   void signal(int number) const { kill(pid_, number); }
   bool running() {
     if (pid_ > 0 && waitpid(pid_, &status_, WNOHANG) == pid_) pid_ = -1;

@@ -21,7 +21,7 @@ struct Whereabouts {
   std::string place;  // "layers.3 (moe), forward": set by the model
   // Called before each collective: the group, how many came before it in the group, and its name. May be empty.
   std::function<void(const class Group&, uint64_t number, const char* collective)> arrived;
-  // Ranks that did not come to a collective that failed, as text: "rank 3 (pp 0, dp_shard 1, tp 1)"; "" when that is not known. May be empty.
+  // Why a collective failed, as text: "rank 3 (dp_shard 1, tp 1) has not arrived, it is at all_gather number 12 over tp"; "" when that is not known. May be empty.
   std::function<std::string(const class Group&, uint64_t number)> missing;
 };
 
