@@ -1,6 +1,8 @@
 #include "checkpoint/checkpoint.hpp"
 
 #include <ATen/core/grad_mode.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
 #include <fmt/format.h>
 #include <fmt/ranges.h>
 #include <unistd.h>
@@ -66,27 +68,157 @@ json plugin_versions(const Config& config, const Registry& registry) {
 
 }  // namespace
 
-void save_checkpoint_files(const fs::path& folder, const Config& config, const Registry& registry, const CheckpointState& state,
-                           const std::function<void(const fs::path&)>& write_tensors) {
+namespace {
+
+fs::path aside_of(const fs::path& folder, int64_t process) {
+  return (folder.has_parent_path() ? folder.parent_path() : fs::path(".")) / fmt::format("{}{}-{}", kAside, folder.filename().string(), process);
+}
+
+// An empty folder to write into, for a checkpoint that is not there yet.
+void make_aside(const fs::path& folder, const fs::path& aside) {
   if (there(folder)) throw Error(ExitCode::kRuntime, fmt::format("{}: is there already", folder.string()), "move it away");
-  const fs::path above = folder.has_parent_path() ? folder.parent_path() : fs::path(".");
-  make_folder(above);
-  const fs::path aside = above / fmt::format("{}{}-{}", kAside, folder.filename().string(), getpid());
+  make_folder(aside.parent_path());
   std::error_code ignored;
   fs::remove_all(aside, ignored);
+  make_folder(aside);
+}
+
+// The last that is written: with state.json a checkpoint is complete.
+void finish_aside(const fs::path& folder, const fs::path& aside, const Config& config, const Registry& registry, const CheckpointState& state, const json& files) {
+  const json document{{"format", kFormat}, {"step", state.step}, {"tokens", state.tokens}, {"plugins", plugin_versions(config, registry)},
+                      {"data", state.data}, {"hf", state.hf}, {"extra", state.extra}, {"optimizer_steps", state.optimizer_steps}, {"files", files}};
+  write_file(aside / "state.json", document.dump(1) + "\n");
+  sync_folder(aside);
+  rename_into_place(aside, folder);
+}
+
+std::vector<TensorSpec> model_specs(const Store& store) {
+  std::vector<TensorSpec> specs;
+  for (const TensorRow& row : tensor_rows(store.plan())) specs.push_back({.name = row.name, .dtype = at::kFloat, .shape = row.shape()});
+  return specs;
+}
+
+std::string moment_name(const std::string& slot, const std::string& parameter) { return "optimizer." + slot + "." + parameter; }
+
+std::vector<TensorSpec> moment_specs(const Store& store) {
+  std::vector<TensorSpec> specs;
+  for (const std::string& slot : Optimizer::slots())
+    for (const TensorRow& row : tensor_rows(store.plan()))
+      if (row.param && store.trainable(row.name)) specs.push_back({.name = moment_name(slot, row.name), .dtype = at::kFloat, .shape = row.shape()});
+  return specs;
+}
+
+// Does a rank's part of a work that all ranks do at once. Where one of them fails, all throw the first one's error.
+void together(const MeshGroups& ranks, at::Device device, const std::function<void()>& part) {
+  constexpr int64_t kBytes = 1024;
+  std::string failure, help;
   try {
-    make_folder(aside);
+    part();
+  } catch (const Error& error) {
+    failure = error.message().substr(0, kBytes / 2 - 1), help = error.help().substr(0, kBytes / 2 - 1);
+  } catch (const std::exception& error) {
+    failure = std::string(error.what()).substr(0, kBytes / 2 - 1);
+  }
+  if (!ranks.all()) {
+    if (!failure.empty()) throw Error(ExitCode::kRuntime, failure, help);
+    return;
+  }
+  at::Tensor own = at::zeros({kBytes}, at::kByte), all = at::empty({kBytes * ranks.all()->size()}, at::TensorOptions(at::kByte).device(device));
+  std::copy(failure.begin(), failure.end(), own.mutable_data_ptr<uint8_t>());
+  std::copy(help.begin(), help.end(), own.mutable_data_ptr<uint8_t>() + kBytes / 2);
+  ranks.all()->all_gather(all, own.to(device));
+  const at::Tensor host = all.to(at::kCPU);
+  for (int64_t r = 0; r < ranks.all()->size(); ++r) {
+    const char* text = reinterpret_cast<const char*>(host.const_data_ptr<uint8_t>()) + r * kBytes;
+    if (*text) throw Error(ExitCode::kRuntime, text, text + kBytes / 2);
+  }
+}
+
+// Every rank writes what it counts (see Store::for_stretches) into files of full size, one rank makes them and what belongs to them.
+void save_over_ranks(const fs::path& folder, const Config& config, const Registry& registry, Store& store, Optimizer* optimizer, const CheckpointState& state) {
+  const MeshGroups& ranks = *store.ranks();
+  const Place& place = ranks.place();
+  const bool first = place.rank == 0;
+  ranks.whereabouts().place = "a save";
+  // The folder that is written aside is called by the first rank's process.
+  at::Tensor numbers = at::zeros({1}, at::TensorOptions(at::kLong).device(store.device()));
+  if (first) numbers.fill_(static_cast<int64_t>(getpid()));
+  if (ranks.all()) ranks.all()->all_reduce(numbers);
+  const fs::path aside = aside_of(folder, numbers.item<int64_t>());
+  const Metadata metadata{{"format", "pt"}};
+  SafetensorsSharedWriter model(aside, model_specs(store), metadata);
+  std::optional<SafetensorsSharedWriter> moments;
+  if (optimizer) moments.emplace(aside, moment_specs(store), metadata, 5'000'000'000, kOptimizer);
+  try {
+    together(ranks, store.device(), [&] {
+      if (!first) return;
+      make_aside(folder, aside);
+      model.create();
+      if (moments) moments->create();
+      write_file(aside / "config.toml", to_toml(config));
+    });
+    together(ranks, store.device(), [&] {
+      const bool buffers = place.dp_replicate == 0 && place.dp_shard == 0 && place.cp == 0 && place.tp == 0;
+      for (const TensorRow& row : tensor_rows(store.plan())) {
+        if (!store.has(row.name)) continue;
+        if (row.buffer) {
+          if (buffers) model.write(row.name, 0, store.buffer(row.name));
+          continue;
+        }
+        store.for_stretches(row.name, masters, [&](int64_t first_element, const at::Tensor& values) { model.write(row.name, first_element, values); }, /*counted=*/true);
+        if (!moments || !store.trainable(row.name)) continue;
+        for (const std::string& slot : Optimizer::slots())
+          store.for_stretches(row.name, optimizer->slot(slot),
+                              [&](int64_t first_element, const at::Tensor& values) { moments->write(moment_name(slot, row.name), first_element, values); }, /*counted=*/true);
+      }
+      model.flush();
+      if (moments) moments->flush();
+    });
+    // Each file is read once, by one of the ranks.
+    std::vector<std::string> names = model.files();
+    if (moments)
+      for (const std::string& name : moments->files()) names.push_back(name);
+    at::Tensor checksums = at::zeros({static_cast<int64_t>(names.size())}, at::kLong);
+    together(ranks, store.device(), [&] {
+      for (size_t i = 0; i < names.size(); ++i)
+        if (static_cast<int64_t>(i) % ranks.mesh().size() == place.rank) checksums.mutable_data_ptr<int64_t>()[i] = file_crc32(aside / names[i]);
+    });
+    at::Tensor sums = checksums.to(store.device());
+    if (ranks.all()) ranks.all()->all_reduce(sums);
+    checksums = sums.to(at::kCPU);
+    together(ranks, store.device(), [&] {
+      if (!first) return;
+      json files = json::object();
+      for (const auto& entry : fs::directory_iterator(aside)) {
+        const std::string name = entry.path().filename().string();
+        const auto found = std::find(names.begin(), names.end(), name);
+        const int64_t checksum = found == names.end() ? file_crc32(entry.path()) : checksums.const_data_ptr<int64_t>()[found - names.begin()];
+        files[name] = {{"bytes", entry.file_size()}, {"crc32", checksum}};
+      }
+      finish_aside(folder, aside, config, registry, state, files);
+    });
+  } catch (...) {
+    std::error_code ignored;
+    if (first) fs::remove_all(aside, ignored);
+    throw;
+  }
+}
+
+}  // namespace
+
+void save_checkpoint_files(const fs::path& folder, const Config& config, const Registry& registry, const CheckpointState& state,
+                           const std::function<void(const fs::path&)>& write_tensors) {
+  const fs::path aside = aside_of(folder, getpid());
+  make_aside(folder, aside);
+  try {
     write_tensors(aside);
     write_file(aside / "config.toml", to_toml(config));
     json files = json::object();
     for (const auto& entry : fs::directory_iterator(aside))
       files[entry.path().filename().string()] = {{"bytes", entry.file_size()}, {"crc32", file_crc32(entry.path())}};
-    const json document{{"format", kFormat}, {"step", state.step}, {"tokens", state.tokens}, {"plugins", plugin_versions(config, registry)},
-                        {"data", state.data}, {"hf", state.hf}, {"extra", state.extra}, {"optimizer_steps", state.optimizer_steps}, {"files", files}};
-    write_file(aside / "state.json", document.dump(1) + "\n");
-    sync_folder(aside);
-    rename_into_place(aside, folder);
+    finish_aside(folder, aside, config, registry, state, files);
   } catch (...) {
+    std::error_code ignored;
     fs::remove_all(aside, ignored);
     throw;
   }
@@ -96,22 +228,17 @@ void save_checkpoint(const fs::path& folder, const Config& config, const Registr
   at::NoGradGuard no_grad;
   CheckpointState whole = state;
   whole.optimizer_steps = optimizer ? optimizer->steps_taken() : 0;
+  if (store.ranks()) return save_over_ranks(folder, config, registry, store, optimizer, whole);
   save_checkpoint_files(folder, config, registry, whole, [&](const fs::path& aside) {
     const auto rows = tensor_rows(store.plan());
-    std::vector<TensorSpec> specs;
-    for (const TensorRow& row : rows) specs.push_back({.name = row.name, .dtype = at::kFloat, .shape = row.shape()});
-    SafetensorsFolderWriter model(aside, specs);
+    SafetensorsFolderWriter model(aside, model_specs(store));
     for (const TensorRow& row : rows) model.write(row.name, row.param ? store.parameter(row.name) : store.buffer(row.name));
     model.finish();
     if (!optimizer) return;
-    specs.clear();
+    SafetensorsFolderWriter moments(aside, moment_specs(store), {{"format", "pt"}}, 5'000'000'000, kOptimizer);
     for (const std::string& slot : Optimizer::slots())
       for (const TensorRow& row : rows)
-        if (row.param && store.trainable(row.name)) specs.push_back({.name = "optimizer." + slot + "." + row.name, .dtype = at::kFloat, .shape = row.shape()});
-    SafetensorsFolderWriter moments(aside, specs, {{"format", "pt"}}, 5'000'000'000, kOptimizer);
-    for (const std::string& slot : Optimizer::slots())
-      for (const TensorRow& row : rows)
-        if (row.param && store.trainable(row.name)) moments.write("optimizer." + slot + "." + row.name, optimizer->moment(slot, row.name));
+        if (row.param && store.trainable(row.name)) moments.write(moment_name(slot, row.name), optimizer->moment(slot, row.name));
     moments.finish();
   });
 }
@@ -154,7 +281,7 @@ std::string prune_checkpoints(const fs::path& folder, int64_t keep) {
   return failed;
 }
 
-OpenCheckpoint open_checkpoint(const fs::path& given, bool optimizer) {
+OpenCheckpoint open_checkpoint(const fs::path& given, bool optimizer, bool check) {
   fs::path folder = given;
   std::error_code code;
   if (!fs::is_directory(folder, code)) throw Error(ExitCode::kRuntime, fmt::format("{}: no such folder", folder.string()), "name a run's folder or one of its checkpoints/step-N");
@@ -191,7 +318,7 @@ OpenCheckpoint open_checkpoint(const fs::path& given, bool optimizer) {
     const auto size = static_cast<int64_t>(fs::file_size(path));
     if (size != bytes) throw Error(ExitCode::kRuntime, fmt::format("{}: damaged: {} bytes, {} when it was written", path.string(), size, bytes), "take an older checkpoint");
     const bool opened = optimizer || !path.filename().string().starts_with(kOptimizer);
-    if (opened && file_crc32(path) != checksum)
+    if (opened && check && file_crc32(path) != checksum)
       throw Error(ExitCode::kRuntime, fmt::format("{}: damaged: its CRC-32 is not that of when it was written", path.string()), "take an older checkpoint");
   }
   OpenCheckpoint open{.folder = folder, .state = std::move(state), .model = SafetensorsFolder::open(folder)};
@@ -246,7 +373,11 @@ LoadReport load_weights(const SafetensorsFolder& file, Store& store, bool partia
     if (!report.misshapen.empty()) text += fmt::format("\n  misshapen ({}): {}", report.misshapen.size(), some(report.misshapen));
     throw Error(ExitCode::kRuntime, text);
   }
-  for (const auto& [row, name] : take) (row.param ? store.parameter(row.name) : store.buffer(row.name)).copy_(file.tensor(name));
+  for (const auto& [row, name] : take) {
+    if (!store.has(row.name)) continue;
+    if (row.param) store.assign(row.name, masters, file.tensor(name));
+    else store.buffer(row.name).copy_(file.tensor(name));
+  }
   report.loaded = static_cast<int64_t>(take.size());
   store.touch();
   return report;
@@ -264,7 +395,7 @@ void load_optimizer(const OpenCheckpoint& checkpoint, Store& store, Optimizer& o
       const TensorEntry* entry = checkpoint.optimizer->find(name);
       if (!entry || entry->shape != row.shape())
         throw Error(ExitCode::kRuntime, fmt::format("{}: {} is {}", checkpoint.optimizer->path().string(), name, entry ? "misshapen" : "missing"));
-      optimizer.moment(slot, row.name).copy_(checkpoint.optimizer->tensor(name));
+      if (store.has(row.name)) store.assign(row.name, optimizer.slot(slot), checkpoint.optimizer->tensor(name));
     }
   optimizer.set_steps_taken(checkpoint.state.optimizer_steps);
 }

@@ -44,8 +44,8 @@ void save_checkpoint_files(const std::filesystem::path& folder, const Config& co
 
 // Throws Error(kRuntime) that names the missing or damaged file. `folder` may be a run (its newest checkpoint is taken) or a checkpoint.
 // Whatever is opened is read once to compare its CRC-32, at about 2 GB/s where it is in memory; without `optimizer` the optimizer's files, two thirds of
-// the bytes, are neither opened nor read.
-OpenCheckpoint open_checkpoint(const std::filesystem::path& folder, bool optimizer = true);
+// the bytes, are neither opened nor read. Without `check` only sizes are compared: of many ranks that open it one reads it all.
+OpenCheckpoint open_checkpoint(const std::filesystem::path& folder, bool optimizer = true, bool check = true);
 // config.toml of a checkpoint, with `sets` on top.
 Config checkpoint_config(const OpenCheckpoint& checkpoint, const std::vector<std::string>& sets, const Registry& registry);
 

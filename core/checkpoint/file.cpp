@@ -83,6 +83,16 @@ uint32_t crc32(uint32_t before, std::string_view bytes) {
   return ~c;
 }
 
+void write_all(int fd, int64_t offset, const void* data, size_t size, const fs::path& path) {
+  const char* bytes = static_cast<const char*>(data);
+  while (size > 0) {
+    const ssize_t n = ::pwrite(fd, bytes, size, offset);
+    if (n < 0 && errno == EINTR) continue;
+    if (n < 0) fail(path, "cannot be written", errno);
+    bytes += n, offset += n, size -= static_cast<size_t>(n);
+  }
+}
+
 size_t read_some(int fd, char* to, size_t size, const fs::path& path) {
   while (true) {
     const ssize_t n = ::read(fd, to, size);
@@ -118,14 +128,27 @@ AtomicFile::~AtomicFile() {
 }
 
 void AtomicFile::write_at(int64_t offset, const void* data, size_t size) {
-  const char* bytes = static_cast<const char*>(data);
-  while (size > 0) {
-    const ssize_t n = ::pwrite(fd_, bytes, size, offset);
-    if (n < 0 && errno == EINTR) continue;
-    if (n < 0) fail(path_, "cannot be written", errno);
-    bytes += n, offset += n, size -= static_cast<size_t>(n);
-  }
-  end_ = std::max(end_, offset);
+  write_all(fd_, offset, data, size, path_);
+  end_ = std::max(end_, offset + static_cast<int64_t>(size));
+}
+
+void SharedFile::create(const fs::path& path, int64_t size) {
+  const Descriptor file{::open(path.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666)};
+  if (file.fd < 0) fail(path, "cannot be created", errno);
+  if (::ftruncate(file.fd, size) != 0) fail(path, "cannot be written", errno);
+}
+
+SharedFile::SharedFile(fs::path path) : path_(std::move(path)) {
+  fd_ = ::open(path_.c_str(), O_WRONLY | O_CLOEXEC);
+  if (fd_ < 0) fail(path_, "cannot be opened for writing", errno);
+}
+
+SharedFile::~SharedFile() { ::close(fd_); }
+
+void SharedFile::write_at(int64_t offset, const void* data, size_t size) { write_all(fd_, offset, data, size, path_); }
+
+void SharedFile::flush() {
+  if (::fsync(fd_) != 0) fail(path_, "cannot be flushed to disk", errno);
 }
 
 void AtomicFile::append(std::string_view bytes) { write_at(end_, bytes.data(), bytes.size()); }

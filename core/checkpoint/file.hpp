@@ -36,6 +36,23 @@ class AtomicFile {
   int64_t end_ = 0;
 };
 
+// A file that several processes fill together, each its own stretches. It is made at its full size; until all have flushed it is of no use.
+class SharedFile {
+ public:
+  // Makes the file: `size` bytes that read as zeros.
+  static void create(const std::filesystem::path& path, int64_t size);
+  explicit SharedFile(std::filesystem::path path);  // of a file that was made
+  ~SharedFile();
+  SharedFile(const SharedFile&) = delete;
+  SharedFile& operator=(const SharedFile&) = delete;
+  void write_at(int64_t offset, const void* data, size_t size);
+  void flush();
+
+ private:
+  std::filesystem::path path_;
+  int fd_ = -1;
+};
+
 // Replaces the content of `path` atomically.
 void write_file(const std::filesystem::path& path, std::string_view text);
 // The whole file. Refuses a folder, and a file above `max_bytes`.

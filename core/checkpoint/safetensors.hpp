@@ -78,10 +78,19 @@ class SafetensorsFolder {
   std::map<std::string, size_t, std::less<>> shard_of_;
 };
 
+
 using Metadata = std::map<std::string, std::string>;
 
-// Writes one file. Tensors are declared first and then written in any order; in the file the wider dtypes come first, so that all data are
-// aligned. Nothing appears under `path` before finish().
+// The header of a file, and where its tensors' data begin. In the file the wider dtypes come first, so that all data are aligned.
+struct SafetensorsHeader {
+  std::string bytes;
+  std::map<std::string, int64_t, std::less<>> begin;  // of every tensor's data in the file
+  int64_t file_size = 0;
+  // Throws Error(kRuntime) naming `path`.
+  SafetensorsHeader(const std::filesystem::path& path, const std::vector<TensorSpec>& specs, const Metadata& metadata);
+};
+
+// Writes one file. Tensors are declared first and then written in any order. Nothing appears under `path` before finish().
 class SafetensorsWriter {
  public:
   SafetensorsWriter(const std::filesystem::path& path, const std::vector<TensorSpec>& specs, const Metadata& metadata = {{"format", "pt"}});
@@ -127,6 +136,31 @@ class SafetensorsFolderWriter {
   int64_t total_bytes_ = 0;
   std::vector<Shard> shards_;
   std::map<std::string, size_t, std::less<>> shard_of_;
+};
+
+// The same files filled by several processes at once, each with what it holds. One calls create(), then, when all know that it has, each writes its
+// stretches and flushes. The folder is nobody's to read before all have.
+class SafetensorsSharedWriter {
+ public:
+  SafetensorsSharedWriter(std::filesystem::path folder, const std::vector<TensorSpec>& specs, Metadata metadata = {{"format", "pt"}},
+                          int64_t max_shard_bytes = 5'000'000'000, std::string stem = "model");
+  void create();
+  // Elements [first, first + values.numel()) of a tensor, in its dtype.
+  void write(std::string_view name, int64_t first, const at::Tensor& values);
+  void flush();
+  std::vector<std::string> files() const;  // of tensors, without the index
+
+ private:
+  struct File {
+    std::string name;
+    SafetensorsHeader header;
+    std::unique_ptr<SharedFile> open;
+  };
+  std::filesystem::path folder_;
+  std::string stem_;
+  std::vector<File> files_;
+  std::map<std::string, size_t, std::less<>> file_of_;
+  int64_t total_bytes_ = 0;
 };
 
 }  // namespace tessera

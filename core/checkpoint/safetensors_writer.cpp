@@ -20,9 +20,31 @@ template <class... T>
   throw Error(ExitCode::kRuntime, path.string() + ": " + fmt::format(format, std::forward<T>(args)...));
 }
 
+// Files of at most `most` bytes of data each, by name.
+std::vector<std::pair<std::string, std::vector<TensorSpec>>> split(const std::vector<TensorSpec>& specs, int64_t most, const std::string& stem) {
+  std::vector<std::pair<std::string, std::vector<TensorSpec>>> files(1);
+  int64_t in_file = 0;
+  for (const TensorSpec& spec : specs) {
+    const int64_t bytes = spec.num_bytes();
+    if (in_file > 0 && bytes > most - in_file) {
+      files.emplace_back();
+      in_file = 0;
+    }
+    files.back().second.push_back(spec);
+    in_file += bytes;
+  }
+  for (size_t i = 0; i < files.size(); ++i) files[i].first = files.size() == 1 ? stem + ".safetensors" : fmt::format("{}-{:05}-of-{:05}.safetensors", stem, i + 1, files.size());
+  return files;
+}
+
+void write_index(const fs::path& folder, const std::string& stem, int64_t total_bytes, const std::map<std::string, std::string>& file_of) {
+  const json index{{"metadata", {{"total_size", total_bytes}}}, {"weight_map", file_of}};
+  write_file(folder / (stem + ".safetensors.index.json"), index.dump(2) + "\n");
+}
+
 }  // namespace
 
-SafetensorsWriter::SafetensorsWriter(const fs::path& path, const std::vector<TensorSpec>& specs, const Metadata& metadata) : file_(path) {
+SafetensorsHeader::SafetensorsHeader(const fs::path& path, const std::vector<TensorSpec>& specs, const Metadata& metadata) {
   std::vector<const TensorSpec*> order;
   for (const TensorSpec& spec : specs) {
     if (spec.name == "__metadata__") fail(path, "a tensor cannot be called '__metadata__'");
@@ -38,20 +60,25 @@ SafetensorsWriter::SafetensorsWriter(const fs::path& path, const std::vector<Ten
   for (const TensorSpec* spec : order) {
     int64_t end = 0;
     if (__builtin_add_overflow(offset, spec->num_bytes(), &end)) fail(path, "must hold fewer than 2^63 bytes");
-    if (!slots_.emplace(spec->name, Slot{*spec, offset, false}).second) fail(path, "tensor '{}' is declared twice", spec->name);
+    if (!begin.emplace(spec->name, offset).second) fail(path, "tensor '{}' is declared twice", spec->name);
     text += fmt::format(R"({}{}:{{"dtype":"{}","shape":[{}],"data_offsets":[{},{}]}})", text.size() > 1 ? "," : "", json(spec->name).dump(),
                         safetensors_dtype(spec->dtype), fmt::join(spec->shape, ","), offset, end);
     offset = end;
   }
-  left_ = slots_.size();
   text += "}";
   text.resize((text.size() + 7) / 8 * 8, ' ');
   const uint64_t length = text.size();
   char prefix[8];
   std::memcpy(prefix, &length, 8);
-  file_.append(std::string_view(prefix, 8));
-  file_.append(text);
-  for (auto& [unused, slot] : slots_) slot.begin += 8 + static_cast<int64_t>(length);
+  bytes = std::string(prefix, 8) + text;
+  for (auto& [unused, at] : begin) at += static_cast<int64_t>(bytes.size());
+  file_size = static_cast<int64_t>(bytes.size()) + offset;
+}
+
+SafetensorsWriter::SafetensorsWriter(const fs::path& path, const std::vector<TensorSpec>& specs, const Metadata& metadata) : file_(path), left_(specs.size()) {
+  const SafetensorsHeader header(path, specs, metadata);
+  for (const TensorSpec& spec : specs) slots_.emplace(spec.name, Slot{spec, header.begin.find(spec.name)->second, false});
+  file_.append(header.bytes);
 }
 
 void SafetensorsWriter::write(std::string_view name, const at::Tensor& tensor) {
@@ -76,21 +103,14 @@ void SafetensorsWriter::finish() {
 
 SafetensorsFolderWriter::SafetensorsFolderWriter(fs::path folder, const std::vector<TensorSpec>& specs, Metadata metadata, int64_t max_shard_bytes,
                                                  std::string stem)
-    : folder_(std::move(folder)), metadata_(std::move(metadata)), stem_(std::move(stem)), shards_(1) {
-  int64_t in_shard = 0;
-  for (const TensorSpec& spec : specs) {
-    const int64_t bytes = spec.num_bytes();
-    if (in_shard > 0 && bytes > max_shard_bytes - in_shard) {
-      shards_.emplace_back();
-      in_shard = 0;
+    : folder_(std::move(folder)), metadata_(std::move(metadata)), stem_(std::move(stem)) {
+  for (auto& [file, in_file] : split(specs, max_shard_bytes, stem_)) {
+    for (const TensorSpec& spec : in_file) {
+      if (!shard_of_.emplace(spec.name, shards_.size()).second) fail(folder_, "tensor '{}' is declared twice", spec.name);
+      total_bytes_ += spec.num_bytes();
     }
-    if (!shard_of_.emplace(spec.name, shards_.size() - 1).second) fail(folder_, "tensor '{}' is declared twice", spec.name);
-    shards_.back().specs.push_back(spec);
-    in_shard += bytes;
-    total_bytes_ += bytes;
+    shards_.push_back({.file = file, .specs = std::move(in_file), .writer = nullptr});
   }
-  for (size_t i = 0; i < shards_.size(); ++i)
-    shards_[i].file = shards_.size() == 1 ? stem_ + ".safetensors" : fmt::format("{}-{:05}-of-{:05}.safetensors", stem_, i + 1, shards_.size());
 }
 
 void SafetensorsFolderWriter::write(std::string_view name, const at::Tensor& tensor) {
@@ -115,15 +135,57 @@ void SafetensorsFolderWriter::finish() {
     shard.done = true;
   }
   if (shards_.size() == 1) return;
-  json index{{"metadata", {{"total_size", total_bytes_}}}, {"weight_map", json::object()}};
-  for (const auto& [name, shard] : shard_of_) index["weight_map"][name] = shards_[shard].file;
-  write_file(folder_ / (stem_ + ".safetensors.index.json"), index.dump(2) + "\n");
+  std::map<std::string, std::string> file_of;
+  for (const auto& [name, shard] : shard_of_) file_of[name] = shards_[shard].file;
+  write_index(folder_, stem_, total_bytes_, file_of);
 }
 
 std::vector<std::string> SafetensorsFolderWriter::files() const {
   std::vector<std::string> list;
   for (const Shard& shard : shards_) list.push_back(shard.file);
   if (shards_.size() > 1) list.push_back(stem_ + ".safetensors.index.json");
+  return list;
+}
+
+SafetensorsSharedWriter::SafetensorsSharedWriter(fs::path folder, const std::vector<TensorSpec>& specs, Metadata metadata, int64_t max_shard_bytes, std::string stem)
+    : folder_(std::move(folder)), stem_(std::move(stem)) {
+  for (const auto& [file, in_file] : split(specs, max_shard_bytes, stem_)) {
+    for (const TensorSpec& spec : in_file) {
+      file_of_.emplace(spec.name, files_.size());
+      total_bytes_ += spec.num_bytes();
+    }
+    files_.push_back({.name = file, .header = SafetensorsHeader(folder_ / file, in_file, metadata), .open = nullptr});
+  }
+}
+
+void SafetensorsSharedWriter::create() {
+  for (const File& file : files_) {
+    SharedFile::create(folder_ / file.name, file.header.file_size);
+    SharedFile(folder_ / file.name).write_at(0, file.header.bytes.data(), file.header.bytes.size());
+  }
+  if (files_.size() == 1) return;
+  std::map<std::string, std::string> file_of;
+  for (const auto& [name, file] : file_of_) file_of[name] = files_[file].name;
+  write_index(folder_, stem_, total_bytes_, file_of);
+}
+
+void SafetensorsSharedWriter::write(std::string_view name, int64_t first, const at::Tensor& values) {
+  File& file = files_[file_of_.find(name)->second];
+  if (!file.open) file.open = std::make_unique<SharedFile>(folder_ / file.name);
+  const at::Tensor flat = values.detach().cpu().contiguous();
+  file.open->write_at(file.header.begin.find(name)->second + first * static_cast<int64_t>(flat.element_size()), flat.const_data_ptr(), flat.nbytes());
+}
+
+void SafetensorsSharedWriter::flush() {
+  for (File& file : files_) {
+    if (file.open) file.open->flush();
+    file.open.reset();
+  }
+}
+
+std::vector<std::string> SafetensorsSharedWriter::files() const {
+  std::vector<std::string> list;
+  for (const File& file : files_) list.push_back(file.name);
   return list;
 }
 

@@ -105,10 +105,12 @@ void check_mesh(const Config& c, const Mesh& mesh, const Known& known, Issues& i
     issues.add("parallelism.expert_parallel_degree",
                fmt::format("expert_parallel_degree x expert_tensor_parallel_degree must divide data_parallel_shard_degree x context_parallel_degree x "
                            "tensor_parallel_degree, got {} % {} = {}", ranks, experts, ranks % experts));
-  if (c.pattern.num_stages % mesh.pp != 0)
-    issues.add("parallelism.pipeline_parallel_degree",
-               fmt::format("the pattern's stages must be a multiple of it, got {} % {} = {}", c.pattern.num_stages, mesh.pp, c.pattern.num_stages % mesh.pp),
-               fmt::format("cut the pattern into {} stages with `|`", mesh.pp));
+  const int64_t layers = static_cast<int64_t>(c.pattern.main.size()), stages = c.pattern.num_stages;
+  if (stages > 1 && stages % mesh.pp != 0)
+    issues.add("parallelism.pipeline_parallel_degree", fmt::format("the pattern's stages must be a multiple of it, got {} % {} = {}", stages, mesh.pp, stages % mesh.pp),
+               fmt::format("cut the pattern into {} stages with `|`, or leave the cut to the layers' costs with no `|`", mesh.pp));
+  if (stages == 1 && mesh.pp > layers && layers > 0)
+    issues.add("parallelism.pipeline_parallel_degree", fmt::format("must be at most the number of layers, got {} > {}", mesh.pp, layers), fmt::format("nearest: {}", layers));
 }
 
 void check_load(const CheckpointConfig& c, Issues& issues) {

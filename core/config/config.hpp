@@ -91,6 +91,9 @@ struct ParallelismConfig {
   int64_t pipeline_parallel_degree = 1;
   int64_t expert_parallel_degree = 1;
   int64_t expert_tensor_parallel_degree = 1;
+  bool reshard_after_forward = true;        // parameters that ranks share are given back between forward and backward pass
+  std::string reduce_dtype = "float32";     // float32, compute: in which gradients are summed over ranks
+  int64_t timeout_seconds = 600;            // a collective that takes longer ends the run
 };
 
 struct CheckpointConfig {

@@ -123,6 +123,9 @@ Fields parallelism() {
   degree("pipeline_parallel_degree", &C::pipeline_parallel_degree, "ranks that share the layers, cut at the pattern's `|`");
   degree("expert_parallel_degree", &C::expert_parallel_degree, "ranks that share the experts");
   degree("expert_tensor_parallel_degree", &C::expert_tensor_parallel_degree, "ranks that share each expert's matrices");
+  s.field("reshard_after_forward", &C::reshard_after_forward, "ranks give a layer's gathered parameters back after its forward pass and gather them again for the backward pass");
+  s.field("reduce_dtype", &C::reduce_dtype, "in which gradients are summed over ranks: float32, or training.dtype").choices({"float32", "compute"});
+  s.field("timeout_seconds", &C::timeout_seconds, "a collective that takes longer ends the run with exit code 5").unit("seconds").range(1, 1 << 20);
   return s;
 }
 

@@ -112,8 +112,11 @@ LoadReport load_hf(const fs::path& folder, const ModelPlan& plan, Store& store, 
   for (size_t i = 0; i < hub.tensors().size(); ++i) {
     const HubTensor& t = hub.tensors()[i];
     if (!hub.has(i)) continue;
-    const at::Tensor into = t.is_buffer ? store.buffer(t.source) : store.parameter(t.source);
-    (t.index < 0 ? into : into.select(0, t.index)).copy_(hub.tensor(i));
+    if (!store.has(t.source)) continue;
+    const at::Tensor values = hub.tensor(i);
+    const int64_t index = std::max<int64_t>(t.index, 0);
+    if (!t.is_buffer) store.assign(t.source, masters, values, index * values.numel());
+    else (t.index < 0 ? store.buffer(t.source) : store.buffer(t.source).select(0, index)).copy_(values);
   }
   store.touch();
   return hub.report();

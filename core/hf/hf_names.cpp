@@ -41,7 +41,8 @@ std::vector<HubTensor> hub_tensors(const ModelPlan& plan) {
   if (const int64_t n = totals(plan).tensors; n > kMostTensors)
     throw Error(ExitCode::kUsage, fmt::format("the hub layout splits this model into {} tensors; at most {} are read and written", n, kMostTensors));
   std::vector<HubTensor> out;
-  for (const Param& p : plan.stem) add(out, p.hf_name.starts_with("lm_head.") ? "" : kBackbone, p.hf_name, "", p.name, p.shape, false);
+  for (const ParamTable* table : {&plan.embedding, &plan.output})
+    for (const Param& p : *table) add(out, p.hf_name.starts_with("lm_head.") ? "" : kBackbone, p.hf_name, "", p.name, p.shape, false);
   for (const LayerPlan& layer : plan.layers) add_layer(out, layer, fmt::format("{}layers.{}.", kBackbone, layer.index));
   if (!plan.head) return out;
   int64_t first = 0;

@@ -3,18 +3,10 @@
 #include <ATen/TensorOperators.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/add.h>
-#include <ATen/ops/embedding.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/full.h>
 #include <ATen/ops/isfinite.h>
-
-#include <ATen/ops/logical_and.h>
-#include <ATen/ops/logical_not.h>
-#include <ATen/ops/mul.h>
-#include <ATen/ops/roll.h>
-#include <ATen/ops/scalar_tensor.h>
-#include <ATen/ops/where.h>
-#include <ATen/ops/zeros.h>
+#include <ATen/ops/zeros_like.h>
 #include <fmt/format.h>
 #include <fmt/ranges.h>
 #include <torch/csrc/autograd/autograd.h>
@@ -23,7 +15,9 @@
 #include <algorithm>
 #include <cmath>
 
+#include "layers/collectives.hpp"
 #include "layers/cross_entropy.hpp"
+#include "layers/embedding.hpp"
 #include "layers/linear.hpp"
 #include "layers/norm.hpp"
 #include "layers/shift.hpp"
@@ -52,6 +46,7 @@ auto guarded(const LayerPlan& plan, const char* phase, F run) {
   try {
     return run();
   } catch (const Error& error) {
+    if (error.code() == ExitCode::kCollective) throw;  // says where
     throw Error(error.code(), fmt::format("layer {} ({}), {}: {}", plan.prefix.substr(0, plan.prefix.size() - 1), plan.binding, phase, error.message()), error.help());
   } catch (const std::exception& error) {
     std::string what = error.what();
@@ -61,118 +56,18 @@ auto guarded(const LayerPlan& plan, const char* phase, F run) {
 
 }  // namespace
 
-Denominators& Denominators::operator+=(const Denominators& other) {
-  auto add = [](std::vector<double>& into, const std::vector<double>& from) {
-    into.resize(std::max(into.size(), from.size()));
-    for (size_t i = 0; i < from.size(); ++i) into[i] += from[i];
-  };
-  add(targets, other.targets), add(tokens, other.tokens), add(documents, other.documents);
-  return *this;
-}
-
-namespace {
-
-struct PassInputs {
-  at::Tensor targets_n, valid_n;
-};
-
-// What a prediction `offset` ahead, whose inner stack embeds ids `shift` ahead, may use.
-PassInputs pass_inputs(const Batch& batch, int64_t shift, int64_t offset) {
-  PassInputs in;
-  in.targets_n = next_targets(batch.ids_n, batch.loss_mask_n.defined() ? at::logical_not(batch.loss_mask_n) : at::Tensor(), batch.spans, offset);
-  if (batch.valid_n.defined()) {  // padding predicts nothing and is no target
-    at::Tensor ahead = at::roll(batch.valid_n, {-offset}, {0});
-    in.targets_n = at::where(at::logical_and(batch.valid_n, ahead), in.targets_n, at::scalar_tensor(-1, in.targets_n.options()));
-  }
-  in.valid_n = shift ? valid_after_shift(batch.valid_n, batch.spans, shift, batch.ids_n.device()) : batch.valid_n;
-  return in;
-}
-
-}  // namespace
-
-Denominators denominators(const ModelPlan& plan, const Batch& batch) {
-  Denominators sums;
-  auto add = [&](int64_t shift, int64_t offset) {
-    PassInputs in = pass_inputs(batch, shift, offset);
-    sums.targets.push_back(in.targets_n.ge(0).sum().item<double>());
-    if (!in.valid_n.defined()) {
-      sums.tokens.push_back(static_cast<double>(batch.spans.num_tokens()));
-      sums.documents.push_back(static_cast<double>(batch.spans.size()));
-      return;
-    }
-    at::Tensor valid = in.valid_n.to(at::kCPU).contiguous();
-    const bool* data = valid.const_data_ptr<bool>();
-    double tokens = 0, documents = 0;
-    for (int64_t s = 0; s < batch.spans.size(); ++s) {
-      const int64_t begin = batch.spans.rows()[static_cast<size_t>(s)], end = batch.spans.rows()[static_cast<size_t>(s) + 1];
-      const auto n = std::count(data + begin, data + end, true);
-      tokens += static_cast<double>(n);
-      documents += n > 0;
-    }
-    sums.tokens.push_back(tokens);
-    sums.documents.push_back(documents);
-  };
-  add(0, 1);
-  if (plan.head)
-    for (const HeadPass& pass : plan.head->passes) add(pass.shift, pass.offset);
-  return sums;
-}
-
-DecodeState::DecodeState(const ModelPlan& plan, int64_t slots, at::Device device, at::ScalarType compute_dtype)
-    : plan_(&plan), device_(device), compute_dtype_(compute_dtype), slots_(slots), layers_(plan.layers.size()) {
-  for (const LayerPlan& layer : plan.layers)
-    for (const State& state : layer.states) {
-      if (state.per == State::Per::kToken) continue;
-      std::vector<int64_t> shape{slots};
-      shape.insert(shape.end(), state.shape.begin(), state.shape.end());
-      layers_[static_cast<size_t>(layer.index)][state.name] = at::zeros(shape, at::TensorOptions(state.fp32 ? at::kFloat : compute_dtype).device(device));
-    }
-}
-
-void DecodeState::reserve(int64_t capacity) {
-  if (capacity <= capacity_) return;
-  const int64_t grown = std::max(capacity, 2 * capacity_);
-  for (const LayerPlan& layer : plan_->layers)
-    for (const State& state : layer.states) {
-      if (state.per != State::Per::kToken) continue;
-      std::vector<int64_t> shape{slots_, grown};
-      shape.insert(shape.end(), state.shape.begin(), state.shape.end());
-      at::Tensor& rows = layers_[static_cast<size_t>(layer.index)][state.name];
-      at::Tensor larger = at::zeros(shape, at::TensorOptions(state.fp32 ? at::kFloat : compute_dtype_).device(device_));
-      if (rows.defined()) larger.narrow(1, 0, capacity_).copy_(rows);
-      rows = larger;
-    }
-  capacity_ = grown;
-}
-
-DecodeState DecodeState::snapshot() const {
-  DecodeState copy = *this;
-  for (auto& layer : copy.layers_)
-    for (auto& [name, tensor] : layer) tensor = tensor.clone();
-  return copy;
-}
-
-int64_t DecodeState::bytes() const {
-  int64_t total = 0;
-  for (const auto& layer : layers_)
-    for (const auto& [name, tensor] : layer) total += static_cast<int64_t>(tensor.nbytes());
-  return total;
-}
-
 struct Model::Layer {
   const LayerPlan* plan;
-  std::string weights;  // prefix of the unit whose weights it uses
+  std::string weights;         // the unit whose weights it uses
   std::unique_ptr<Block> block;
   bool recompute;
+  std::string next, previous;  // the units that forward and backward passes need after this one
 };
 
-// What one pass through a stack has in common.
-struct Model::Pass {
-  const Batch* batch;
-  at::Tensor valid_n;
-  double token_scale = 0, document_scale = 0;
-  bool training = false;
-  const DecodeState* state = nullptr;
+// What the sums of auxiliary losses are multiplied with.
+struct Model::Scale {
+  double token = 0, document = 0;
+  at::Tensor valid_n;  // of the whole micro-batch
 };
 
 namespace {
@@ -210,13 +105,20 @@ Model::Model(const ModelPlan& plan, Store& store, std::vector<std::string> recom
   };
   auto build = [&](const std::vector<LayerPlan>& layers) {
     std::vector<std::unique_ptr<Layer>> out;
-    for (const LayerPlan& layer : layers)
-      out.push_back(std::make_unique<Layer>(Layer{&layer, layers[static_cast<size_t>(layer.weights_of)].prefix,
-                                                  guarded(layer, "construction", [&] { return layer.type->make(layer.config, plan.env); }), recomputed(layer)}));
+    const auto unit = [&](size_t i) { return layers[static_cast<size_t>(layers[i].weights_of)].prefix; };
+    for (size_t i = 0; i < layers.size(); ++i) {
+      const LayerPlan& layer = layers[i];
+      if (!store.holds(unit(i))) {
+        out.push_back(nullptr);  // of another pipeline stage
+        continue;
+      }
+      out.push_back(std::make_unique<Layer>(Layer{&layer, unit(i), guarded(layer, "construction", [&] { return layer.type->make(layer.config, plan.env); }), recomputed(layer),
+                                                  i + 1 < layers.size() ? unit(i + 1) : "", i > 0 ? unit(i - 1) : ""}));
+    }
     return out;
   };
   layers_ = build(plan.layers);
-  if (plan.head) {
+  if (plan.head && store.holds(Store::kOutput)) {
     for (const HeadSet& set : plan.head->sets) head_layers_.push_back(build(set.layers));
     head_ = plan.head->type->make(plan.head->config, plan.env);
   }
@@ -226,45 +128,101 @@ Model::~Model() = default;
 
 at::ScalarType Model::residual_dtype() const { return plan_->model.residual_in_fp32 ? at::kFloat : store_->compute_dtype(); }
 
-at::Tensor Model::embed(const Weights& stem, const at::Tensor& ids_n) { return at::embedding(stem["embedding.weight"].tensor(), ids_n).to(residual_dtype()); }
-
-const Weight& Model::lm_head(const Weights& stem) const {
-  const Weight& own = stem.find("lm_head.weight");
-  return own.defined() ? own : stem["embedding.weight"];
+MicroBatchPtr Model::micro_batch(const Batch& batch, const Denominators& over, bool training) const {
+  return std::make_shared<MicroBatch>(MicroBatch{.batch = &batch, .tokens = TokenLayout(batch.spans, store_->ranks()), .over = over, .training = training});
 }
 
-at::Tensor Model::run_layer(const Layer& layer, const at::Tensor& x_nd, const Pass& pass) {
-  auto run = [this, &layer, pass](const at::Tensor& x, Decisions* decisions, bool replaying) {
+// Every tensor rank finds the ids of its part of the vocabulary; the sum is in the table's fp32, of one value and zeros.
+at::Tensor Model::embed_ids(const MicroBatch& micro, const at::Tensor& ids_n) {
+  if (store_->ranks()) store_->ranks()->whereabouts().place = "the embedding";
+  std::vector<LeasePtr> leases;
+  const Weights weights = store_->gather(Store::kEmbedding, &leases);
+  const at::Tensor x_nd = micro.tokens.sum_shard(embedding(micro.tokens.pieces_of(ids_n), weights["embedding.weight"].tensor(), tensor_group()));
+  store_->give_back(leases);
+  return x_nd.to(residual_dtype());
+}
+
+at::Tensor Model::embed(const MicroBatchPtr& micro) {
+  enter("embedding");
+  return mark(embed_ids(*micro, micro->batch->ids_n), "embedding");
+}
+
+// A tied head reads the embedding, which is stored in fp32, in the compute dtype.
+at::Tensor Model::lm_head(const Weights& output) {
+  const Weight& own = output.find("lm_head.weight");
+  return (own.defined() ? own.tensor() : store_->gather(Store::kEmbedding)["embedding.weight"].tensor()).to(store_->compute_dtype());
+}
+
+at::Tensor Model::final_norm(const Weights& output, const at::Tensor& x_nd) const {
+  return rms_norm(x_nd, output["final_norm.weight"].tensor(), plan_->env.norm_eps, store_->compute_dtype());
+}
+
+// One call of a layer's block on this rank's tokens: gathers and reductions at its edges as its info says.
+at::Tensor Model::run_block(const Layer& layer, const at::Tensor& x, MicroBatch& micro, const Scale& scale, Decisions* decisions, bool replaying) {
+  const MeshGroups* ranks = store_->ranks();
+  const BlockInfo& info = layer.plan->type->info();
+  const TokenLayout& tokens = micro.tokens;
+  const std::string where = ranks ? fmt::format("{} ({})", layer.plan->prefix.substr(0, layer.plan->prefix.size() - 1), layer.plan->binding) : "";
+  if (ranks) ranks->whereabouts().place = where + (replaying ? ", recomputation" : ", forward");
+  std::vector<LeasePtr> leases;
+  const Weights weights = store_->gather(layer.weights, &leases);
+  if (ranks) store_->prefetch(replaying ? layer.previous : layer.next);
+
+  // A block that takes no pieces gets all tokens, on every context rank, and this rank keeps its part of the result.
+  const bool whole = tokens.cut() && !info.takes_pieces, shards = info.input == Layout::kSequenceShard;
+  const int64_t tp = plan_->env.mesh.tp, tensor_rank = ranks ? ranks->place().tp : 0;
+  const Range whole_shard = whole && shards ? sequence_range(tokens.whole().num_tokens(), tp, tensor_rank) : Range{};
+  const Spans whole_shard_spans = whole && shards ? spans_between(tokens.whole(), whole_shard.begin, whole_shard.end) : Spans();
+  at::Tensor in = info.pre_norm ? rms_norm(x, weights["pre_norm.weight"].tensor(), plan_->env.norm_eps, store_->compute_dtype()) : x.to(store_->compute_dtype());
+  if (whole) in = tokens.gather_whole(in);
+  if (whole && shards) in = in.narrow(0, whole_shard.begin, whole_shard.end - whole_shard.begin);
+  if (!whole && !shards) in = tokens.gather_pieces(in);
+
+  Context ctx(whole ? shards ? whole_shard_spans : tokens.whole() : shards ? tokens.shard() : tokens.pieces());
+  ctx.set_mesh(plan_->env.mesh);
+  ctx.set_groups(ranks);
+  if (!whole) ctx.set_cut(tokens.cut());
+  ctx.set_sequence_tokens(whole ? tokens.whole().num_tokens() : tokens.pieces().num_tokens());
+  ctx.set_training(micro.training);
+  if (scale.valid_n.defined())
+    ctx.set_valid(whole ? shards ? scale.valid_n.narrow(0, whole_shard.begin, whole_shard.end - whole_shard.begin) : scale.valid_n
+                        : shards ? tokens.shard_of(scale.valid_n) : tokens.pieces_of(scale.valid_n));
+  ctx.set_decisions(decisions, replaying);
+  if (micro.state) ctx.set_states(&micro.state->layer(layer.plan->index));
+  at::Tensor y = layer.block->forward(in, weights, ctx);
+  if (y.sizes() != in.sizes())
+    throw Error(ExitCode::kPlugin, fmt::format("the output must have the input's shape [{}, {}], got {}", in.size(0), in.size(1), fmt::join(y.sizes(), " x ")));
+
+  // What several ranks computed alike counts on the first of them.
+  const bool counts = !ranks || ((shards || ranks->place().tp == 0) && (!whole || ranks->place().cp == 0));
+  for (const LossTerm& term : ctx.losses()) {
+    const double factor = counts ? term.per == Per::kToken ? scale.token : scale.document : 0;
+    if (at::GradMode::is_enabled()) y = AttachLoss::apply(y, term.sum, factor);
+    if (replaying) continue;
+    const at::Tensor value = term.sum.detach() * factor;
+    auto [place, added] = micro.aux.emplace(term.name, value);
+    if (!added) place->second = place->second + value;
+  }
+  for (const auto& [name, values] : ctx.counts()) {
+    const at::Tensor here = counts ? values : at::zeros_like(values);
+    auto [place, added] = counts_[layer.weights].emplace(name, here);
+    if (!added) place->second = place->second + here;
+  }
+
+  if (whole && info.output == Layout::kSequenceShard) y = tokens.gather_whole_shards(y);
+  if (whole) y = tokens.keep_pieces(y);
+  if (info.output == Layout::kPartialSum) y = tokens.sum_shard(y);
+  else if (whole || info.output == Layout::kFull) y = tokens.keep_shard(y);
+  const at::Tensor out = info.residual ? at::add(x, y) : y.to(x.scalar_type());
+  return ranks && at::GradMode::is_enabled() && !replaying ? store_->release(out, std::move(leases), where) : out;
+}
+
+at::Tensor Model::run_layer(const Layer& layer, const at::Tensor& x_nd, const MicroBatchPtr& micro, const Scale& scale) {
+  auto run = [this, &layer, micro, scale](const at::Tensor& x, Decisions* decisions, bool replaying) {
     enter(layer.plan->binding, replaying ? StepClock::kRecompute : StepClock::kForward);
-    return guarded(*layer.plan, replaying ? "recomputation" : "forward", [&] {
-      const Weights weights = store_->gather(layer.weights);
-      Context ctx(pass.batch->spans);
-      ctx.set_mesh(plan_->env.mesh);
-      ctx.set_training(pass.training);
-      ctx.set_valid(pass.valid_n);
-      ctx.set_decisions(decisions, replaying);
-      if (pass.state) ctx.set_states(&pass.state->layer(layer.plan->index));
-      const BlockInfo& info = layer.plan->type->info();
-      const at::Tensor in = info.pre_norm ? rms_norm(x, weights["pre_norm.weight"].tensor(), plan_->env.norm_eps, store_->compute_dtype()) : x.to(store_->compute_dtype());
-      at::Tensor y = layer.block->forward(in, weights, ctx);
-      if (y.sizes() != in.sizes())
-        throw Error(ExitCode::kPlugin, fmt::format("the output must have the input's shape [{}, {}], got {}", in.size(0), in.size(1), fmt::join(y.sizes(), " x ")));
-      for (const LossTerm& term : ctx.losses()) {
-        const double scale = term.per == Per::kToken ? pass.token_scale : pass.document_scale;
-        if (at::GradMode::is_enabled()) y = AttachLoss::apply(y, term.sum, scale);
-        if (!replaying) {
-          at::Tensor value = term.sum.detach() * scale;
-          auto [place, added] = aux_.emplace(term.name, value);
-          if (!added) place->second = place->second + value;
-        }
-      }
-      for (const auto& [name, counts] : ctx.counts()) {
-        auto [place, added] = counts_[layer.weights].emplace(name, counts);
-        if (!added) place->second = place->second + counts;
-      }
-      if (replaying) enter(layer.plan->binding, StepClock::kBackward);
-      return info.residual ? at::add(x, y) : y.to(x.scalar_type());
-    });
+    const at::Tensor y = guarded(*layer.plan, replaying ? "recomputation" : "forward", [&] { return run_block(layer, x, *micro, scale, decisions, replaying); });
+    if (replaying) enter(layer.plan->binding, StepClock::kBackward);
+    return y;
   };
   if (!at::GradMode::is_enabled()) return run(x_nd, nullptr, false);
   if (!layer.recompute) return mark(run(x_nd, nullptr, false), layer.plan->binding);
@@ -274,38 +232,51 @@ at::Tensor Model::run_layer(const Layer& layer, const at::Tensor& x_nd, const Pa
   return mark(RecomputeFunction::apply(x_nd, anchor, call), layer.plan->binding);
 }
 
-at::Tensor Model::run_stack(const std::vector<std::unique_ptr<Layer>>& layers, at::Tensor x_nd, const Pass& pass, const Observer& observer) {
-  if (observer) observer(-1, x_nd);
-  for (const auto& layer : layers) {
-    x_nd = run_layer(*layer, x_nd, pass);
-    if (observer) observer(layer->plan->index, x_nd);
-  }
+at::Tensor Model::run_stage(const MicroBatchPtr& micro, int64_t stage, at::Tensor x_nd) {
+  const Denominators& over = micro->over;
+  Scale scale{.valid_n = micro->batch->valid_n};
+  if (!over.tokens.empty()) scale.token = share(over.tokens[0]), scale.document = share(over.documents[0]);
+  for (const auto& layer : layers_)
+    if (layer && layer->plan->stage == stage) x_nd = run_layer(*layer, x_nd, micro, scale);
   return x_nd;
 }
 
-at::Tensor Model::main_hidden(const Weights& stem, const Pass& pass, const Observer& observer) {
-  enter("embedding");
-  const at::Tensor x_nd = run_stack(layers_, mark(embed(stem, pass.batch->ids_n), "embedding"), pass, observer);
+// The whole stack without losses.
+at::Tensor Model::main_hidden(const MicroBatchPtr& micro, const Weights& output, const Observer& observer) {
+  const auto show = [&](int64_t layer, const at::Tensor& x_nd) {
+    if (observer) observer(layer, micro->tokens.gather_whole(x_nd));
+  };
+  const Scale scale{.valid_n = micro->batch->valid_n};
+  at::Tensor x_nd = embed(micro);
+  show(-1, x_nd);
+  for (const auto& layer : layers_) {
+    x_nd = run_layer(*layer, x_nd, micro, scale);
+    show(layer->plan->index, x_nd);
+  }
   enter("lm_head");
-  return rms_norm(x_nd, stem["final_norm.weight"].tensor(), plan_->env.norm_eps, store_->compute_dtype());
+  return final_norm(output, x_nd);
 }
 
-// Runs the head's passes one after another; `use` gets the pass's number and what lm_head reads.
-void Model::run_head(const Weights& stem, at::Tensor hidden_nd, const Batch& batch, const Denominators* over, bool training,
-                     const std::function<void(size_t, const at::Tensor&)>& use) {
+// Runs the head's passes one after another; `use` gets the pass's number and what lm_head reads, of this rank's tokens.
+void Model::run_head(const MicroBatchPtr& micro, at::Tensor hidden_nd, const std::function<void(size_t, const at::Tensor&)>& use) {
+  const Batch& batch = *micro->batch;
   const auto& passes = plan_->head->passes;
   for (size_t i = 0; i < passes.size(); ++i) {
     const auto set = static_cast<size_t>(passes[i].weight_set);
     const Weights own = store_->gather(plan_->head->sets[set].prefix);
     enter(plan_->head->name);
-    Context ctx(batch.spans);
+    Context ctx(micro->tokens.shard());
     ctx.set_mesh(plan_->env.mesh);
-    ctx.set_training(training);
-    const at::Tensor embedded = embed(stem, shift_ids(batch.ids_n, batch.spans, passes[i].shift, 0)).to(store_->compute_dtype());
-    Pass pass{.batch = &batch, .valid_n = valid_after_shift(batch.valid_n, batch.spans, passes[i].shift, batch.ids_n.device()), .training = training};
-    if (over) pass.token_scale = passes[i].aux_weight * share(over->tokens[i + 1]), pass.document_scale = passes[i].aux_weight * share(over->documents[i + 1]);
+    ctx.set_groups(store_->ranks());
+    ctx.set_cut(micro->tokens.cut());
+    ctx.set_sequence_tokens(micro->tokens.pieces().num_tokens());
+    ctx.set_training(micro->training);
+    const at::Tensor embedded = embed_ids(*micro, shift_ids(batch.ids_n, batch.spans, passes[i].shift, 0)).to(store_->compute_dtype());
+    Scale scale{.valid_n = valid_after_shift(batch.valid_n, batch.spans, passes[i].shift, batch.ids_n.device())};
+    if (const Denominators& over = micro->over; !over.tokens.empty())
+      scale.token = passes[i].aux_weight * share(over.tokens[i + 1]), scale.document = passes[i].aux_weight * share(over.documents[i + 1]);
     at::Tensor x_nd = mark(head_->before(hidden_nd, embedded, own, ctx).to(residual_dtype()), plan_->head->name);
-    x_nd = run_stack(head_layers_[set], x_nd, pass, {});
+    for (const auto& layer : head_layers_[set]) x_nd = run_layer(*layer, x_nd, micro, scale);
     enter(plan_->head->name);
     hidden_nd = mark(head_->after(x_nd, own, ctx).to(store_->compute_dtype()), plan_->head->name);
     enter("lm_head");
@@ -313,56 +284,86 @@ void Model::run_head(const Weights& stem, at::Tensor hidden_nd, const Batch& bat
   }
 }
 
-LossResult Model::loss(const Batch& batch, const Denominators& over, bool training) {
-  aux_.clear();
-  const Weights stem = store_->gather("");
-  Pass pass{.batch = &batch, .valid_n = batch.valid_n, .token_scale = share(over.tokens[0]), .document_scale = share(over.documents[0]), .training = training};
-  const at::Tensor hidden_nd = mark(main_hidden(stem, pass, {}), "lm_head");
+LossResult Model::report(const MicroBatch& micro) {
   LossResult result;
-  result.total = linear_cross_entropy(hidden_nd, lm_head_compute(stem), pass_inputs(batch, 0, 1).targets_n) * share(over.targets[0]);
+  for (const auto& [name, value] : micro.aux) {
+    result.parts[name] = value;
+    result.value = result.value.defined() ? result.value + value : value;
+  }
+  return result;
+}
+
+LossResult Model::predict(const MicroBatchPtr& micro, const at::Tensor& x_nd) {
+  enter("lm_head");
+  if (store_->ranks()) store_->ranks()->whereabouts().place = "the output";
+  const Weights output = store_->gather(Store::kOutput);
+  const at::Tensor hidden_nd = mark(final_norm(output, x_nd), "lm_head"), lm_head_vd = lm_head(output);
+  const auto loss_of = [&](const at::Tensor& h_nd, int64_t shift, int64_t offset, double over) {
+    const at::Tensor targets_n = micro->tokens.pieces_of(pass_inputs(*micro->batch, shift, offset).targets_n);
+    return linear_cross_entropy(micro->tokens.gather_pieces(h_nd), lm_head_vd, targets_n, tensor_group()) * share(over);
+  };
+  LossResult result;
+  result.total = loss_of(hidden_nd, 0, 1, micro->over.targets[0]);
   result.main = result.total.detach();
   if (plan_->head)
-    run_head(stem, hidden_nd, batch, &over, training, [&](size_t i, const at::Tensor& head_nd) {
+    run_head(micro, hidden_nd, [&](size_t i, const at::Tensor& head_nd) {
       const HeadPass& p = plan_->head->passes[i];
-      const at::Tensor part = linear_cross_entropy(head_nd, lm_head_compute(stem), pass_inputs(batch, p.shift, p.offset).targets_n) * share(over.targets[i + 1]);
+      const at::Tensor part = loss_of(head_nd, p.shift, p.offset, micro->over.targets[i + 1]);
       result.parts[p.name] = part.detach();
       result.total = result.total + part * p.loss_weight;
     });
   result.value = result.total.detach();
-  for (const auto& [name, value] : aux_) {
+  for (const auto& [name, value] : micro->aux) {
     result.parts[name] = value;
     result.value = result.value + value;
   }
   return result;
 }
 
+LossResult Model::loss(const Batch& batch, const Denominators& over, bool training) {
+  const MicroBatchPtr micro = micro_batch(batch, over, training);
+  at::Tensor x_nd = embed(micro);
+  for (int64_t stage = 0; stage < plan_->num_stages; ++stage) x_nd = run_stage(micro, stage, x_nd);
+  return predict(micro, x_nd);
+}
+
 at::Tensor Model::hidden(const Batch& batch, DecodeState* state, const Observer& observer) {
-  const Pass pass{.batch = &batch, .valid_n = batch.valid_n, .state = state};
+  const MicroBatchPtr micro = micro_batch(batch, {}, false);
+  micro->state = state;
   if (state) {
     int64_t needed = 0;
     for (const Span& span : batch.spans.list()) needed = std::max(needed, span.start + span.length);
     state->reserve(needed);
   }
-  return main_hidden(store_->gather(""), pass, observer);
+  return micro->tokens.gather_whole(main_hidden(micro, store_->gather(Store::kOutput), observer));
 }
 
-// A tied head reads the embedding, which is stored in fp32, in the compute dtype.
-at::Tensor Model::lm_head_compute(const Weights& stem) const { return lm_head(stem).tensor().to(store_->compute_dtype()); }
-
-at::Tensor Model::logits(const at::Tensor& hidden_nd) { return tessera::linear(hidden_nd, lm_head_compute(store_->gather(""))).to(at::kFloat); }
+at::Tensor Model::logits(const at::Tensor& hidden_nd) {
+  const at::Tensor part_nv = tessera::linear(hidden_nd, lm_head(store_->gather(Store::kOutput))).to(at::kFloat);
+  const Group* tensor = tensor_group();
+  if (!tensor) return part_nv;
+  return gather_rows(part_nv.t().contiguous(), std::vector<int64_t>(static_cast<size_t>(tensor->size()), part_nv.size(1)), tensor).t();
+}
 
 std::vector<at::Tensor> Model::head_logits(const Batch& batch, const at::Tensor& hidden_nd) {
   std::vector<at::Tensor> out;
-  const Weights stem = store_->gather("");
-  if (plan_->head) run_head(stem, hidden_nd, batch, nullptr, false, [&](size_t, const at::Tensor& h) { out.push_back(tessera::linear(h, lm_head_compute(stem)).to(at::kFloat)); });
+  const MicroBatchPtr micro = micro_batch(batch, {}, false);
+  if (plan_->head) run_head(micro, micro->tokens.shard_of(hidden_nd), [&](size_t, const at::Tensor& h_nd) { out.push_back(logits(micro->tokens.gather_whole(h_nd))); });
   return out;
+}
+
+at::Tensor Model::token_losses(const MicroBatchPtr& micro, const at::Tensor& x_nd) {
+  const Weights output = store_->gather(Store::kOutput);
+  const at::Tensor targets_n = micro->tokens.pieces_of(pass_inputs(*micro->batch, 0, 1).targets_n);
+  return cross_entropy_per_token(micro->tokens.gather_pieces(final_norm(output, x_nd)), lm_head(output), targets_n, tensor_group());
 }
 
 at::Tensor Model::token_losses(const Batch& batch) {
   at::NoGradGuard no_grad;
-  const Weights stem = store_->gather("");
-  const Pass pass{.batch = &batch, .valid_n = batch.valid_n};
-  return cross_entropy_per_token(main_hidden(stem, pass, {}), lm_head_compute(stem), pass_inputs(batch, 0, 1).targets_n);
+  const MicroBatchPtr micro = micro_batch(batch, {}, false);
+  at::Tensor x_nd = embed(micro);
+  for (int64_t stage = 0; stage < plan_->num_stages; ++stage) x_nd = run_stage(micro, stage, x_nd);
+  return token_losses(micro, x_nd);
 }
 
 LayerCounts Model::take_counts() { return std::exchange(counts_, {}); }
@@ -371,6 +372,7 @@ void Model::after_step(const LayerCounts& counts) {
   at::NoGradGuard no_grad;
   auto update = [&](const std::vector<std::unique_ptr<Layer>>& layers) {
     for (const auto& layer : layers) {
+      if (!layer) continue;
       auto found = counts.find(layer->plan->prefix);
       if (found == counts.end() || !layer->plan->type->has_after_step()) continue;
       guarded(*layer->plan, "after_step", [&] {
@@ -393,8 +395,10 @@ std::string Model::first_nonfinite(const Batch& batch) {
     look(layer < 0 ? "embedding" : fmt::format("layers.{} ({})", layer, plan_->layers[static_cast<size_t>(layer)].binding), x_nd);
   });
   look("final_norm", hidden_nd);
-  if (place.empty() && plan_->head)
-    run_head(store_->gather(""), hidden_nd, batch, nullptr, false, [&](size_t i, const at::Tensor& h) { look("heads." + plan_->head->passes[i].name, h); });
+  if (place.empty() && plan_->head) {
+    const MicroBatchPtr micro = micro_batch(batch, {}, false);
+    run_head(micro, micro->tokens.shard_of(hidden_nd), [&](size_t i, const at::Tensor& h) { look("heads." + plan_->head->passes[i].name, micro->tokens.gather_whole(h)); });
+  }
   return place;
 }
 

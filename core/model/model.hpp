@@ -1,4 +1,5 @@
-// The stack: embedding, layers, final norm, predictions; forward for training, evaluation, prefill and decoding.
+// The stack: embedding, layers, final norm, predictions; forward for training, evaluation, prefill and decoding. Over several ranks it is this
+// rank's part: the layers of its pipeline stages, on its tokens of each micro-batch.
 #pragma once
 #include <ATen/core/Tensor.h>
 
@@ -9,20 +10,17 @@
 #include <vector>
 
 #include "data/batch.hpp"
+#include "model/decode_state.hpp"
+#include "model/denominators.hpp"
 #include "model/step_clock.hpp"
+#include "model/token_layout.hpp"
 #include "plan/plan.hpp"
 #include "store/store.hpp"
 #include "tessera/spans.hpp"
 
 namespace tessera {
 
-// What sums are divided by, over the global batch. Index 0 is the main prediction, i > 0 the head's pass i - 1.
-struct Denominators {
-  std::vector<double> targets, tokens, documents;
-  Denominators& operator+=(const Denominators& other);
-};
-Denominators denominators(const ModelPlan& plan, const Batch& batch);
-
+// Sums over ranks give the batch's.
 struct LossResult {
   at::Tensor total;                       // fp32 [], differentiable: its backward pass gives all gradients, those of auxiliary losses included
   at::Tensor value;                       // fp32 [], no gradient: this batch's share of the total loss, auxiliary losses included
@@ -33,26 +31,18 @@ struct LossResult {
 // Statistics that blocks counted (Context::count), by layer prefix and name; summed over micro-batches until taken.
 using LayerCounts = std::map<std::string, Counts>;
 
-// Decode state of all layers of the main stack for `slots` sequences.
-class DecodeState {
- public:
-  DecodeState(const ModelPlan& plan, int64_t slots, at::Device device, at::ScalarType compute_dtype);
-  // Makes room for `capacity` tokens a sequence (per-token rows grow by doubling; per-sequence rows do not change).
-  void reserve(int64_t capacity);
-  // A copy that later steps do not change, and the way back to it.
-  DecodeState snapshot() const;
-  const std::map<std::string, at::Tensor, std::less<>>& layer(int64_t index) const { return layers_[static_cast<size_t>(index)]; }
-  int64_t bytes() const;
-
- private:
-  const ModelPlan* plan_;
-  at::Device device_;
-  at::ScalarType compute_dtype_;
-  int64_t slots_, capacity_ = 0;
-  std::vector<std::map<std::string, at::Tensor, std::less<>>> layers_;
+// One micro-batch on its way through this rank's stages.
+struct MicroBatch {
+  const Batch* batch;              // whole, also where this rank works on a part of its tokens; outlives the backward pass
+  TokenLayout tokens;
+  Denominators over;               // over the global batch
+  bool training = false;
+  const DecodeState* state = nullptr;
+  std::map<std::string, at::Tensor> aux = {};  // values of auxiliary losses, shares of the total
 };
+using MicroBatchPtr = std::shared_ptr<MicroBatch>;
 
-// Called after the embedding (layer -1) and after every layer of the main stack with the residual stream [N, D].
+// Called after the embedding (layer -1) and after every layer of the main stack with the residual stream [N, D] of the whole micro-batch.
 using Observer = std::function<void(int64_t layer, const at::Tensor& x_nd)>;
 
 class Model {
@@ -60,6 +50,15 @@ class Model {
   // `recompute` holds the bindings whose layers are recomputed in the backward pass; {"*"} means all.
   Model(const ModelPlan& plan, Store& store, std::vector<std::string> recompute = {});
   ~Model();
+
+  // The parts of `loss`, for pipelines. Between them goes the residual stream of this rank's tokens [n, D], in residual_dtype.
+  MicroBatchPtr micro_batch(const Batch& batch, const Denominators& over, bool training) const;
+  at::Tensor embed(const MicroBatchPtr& micro);
+  at::Tensor run_stage(const MicroBatchPtr& micro, int64_t stage, at::Tensor x_nd);
+  LossResult predict(const MicroBatchPtr& micro, const at::Tensor& x_nd);
+  // What a stage that predicts nothing reports: its auxiliary losses.
+  static LossResult report(const MicroBatch& micro);
+  at::ScalarType residual_dtype() const;
 
   // Training (grad mode on): the loss whose backward pass fills the store's gradients; `batch` must outlive that pass, which recomputes from it.
   // Evaluation: the same sums without statistics.
@@ -73,6 +72,9 @@ class Model {
   std::vector<at::Tensor> head_logits(const Batch& batch, const at::Tensor& hidden_nd);
   // Cross-entropy of every position's next token, fp32 [N], 0 where it has no target.
   at::Tensor token_losses(const Batch& batch);
+
+  // The same from what the last stage gives, of this rank's pieces.
+  at::Tensor token_losses(const MicroBatchPtr& micro, const at::Tensor& x_nd);
 
   // What was counted since the last call.
   LayerCounts take_counts();
@@ -94,20 +96,19 @@ class Model {
 
  private:
   struct Layer;
-  struct Pass;
-  at::ScalarType residual_dtype() const;
+  struct Scale;
+  const Group* tensor_group() const { return store_->ranks() ? store_->ranks()->tensor() : nullptr; }
   void enter(const std::string& part, StepClock::Phase phase = StepClock::kForward) {
     if (clock_) clock_->enter(part, phase);
   }
   at::Tensor mark(const at::Tensor& x, const std::string& part) { return clock_ ? clock_->mark(x, part) : x; }
-  at::Tensor embed(const Weights& stem, const at::Tensor& ids_n);
-  const Weight& lm_head(const Weights& stem) const;
-  at::Tensor lm_head_compute(const Weights& stem) const;
-  at::Tensor run_layer(const Layer& layer, const at::Tensor& x_nd, const Pass& pass);
-  at::Tensor run_stack(const std::vector<std::unique_ptr<Layer>>& layers, at::Tensor x_nd, const Pass& pass, const Observer& observer);
-  at::Tensor main_hidden(const Weights& stem, const Pass& pass, const Observer& observer);
-  void run_head(const Weights& stem, at::Tensor hidden_nd, const Batch& batch, const Denominators* over, bool training,
-                const std::function<void(size_t, const at::Tensor&)>& use);
+  at::Tensor embed_ids(const MicroBatch& micro, const at::Tensor& ids_n);
+  at::Tensor lm_head(const Weights& output);
+  at::Tensor final_norm(const Weights& output, const at::Tensor& x_nd) const;
+  at::Tensor run_layer(const Layer& layer, const at::Tensor& x_nd, const MicroBatchPtr& micro, const Scale& scale);
+  at::Tensor run_block(const Layer& layer, const at::Tensor& x_nd, MicroBatch& micro, const Scale& scale, Decisions* decisions, bool replaying);
+  at::Tensor main_hidden(const MicroBatchPtr& micro, const Weights& output, const Observer& observer);
+  void run_head(const MicroBatchPtr& micro, at::Tensor hidden_nd, const std::function<void(size_t, const at::Tensor&)>& use);
 
   const ModelPlan* plan_;
   Store* store_;
@@ -116,7 +117,6 @@ class Model {
   std::vector<std::vector<std::unique_ptr<Layer>>> head_layers_;  // by weight set
   std::unique_ptr<Head> head_;
   LayerCounts counts_;
-  std::map<std::string, at::Tensor> aux_;  // values of auxiliary losses of the running forward pass
 };
 
 }  // namespace tessera

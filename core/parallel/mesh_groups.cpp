@@ -36,6 +36,16 @@ std::string place_text(const Mesh& mesh, int64_t rank) {
   return axes.empty() ? fmt::format("rank {}", rank) : fmt::format("rank {} ({})", rank, fmt::join(axes, ", "));
 }
 
+std::string mesh_text(const Mesh& mesh) {
+  std::vector<std::string> axes, experts;
+  for (const auto& [name, degree] : {std::pair{"pp", mesh.pp}, {"dp_replicate", mesh.dp_replicate}, {"dp_shard", mesh.dp_shard}, {"cp", mesh.cp}, {"tp", mesh.tp}})
+    if (degree > 1) axes.push_back(fmt::format("{} {}", name, degree));
+  for (const auto& [name, degree] : {std::pair{"ep", mesh.ep}, {"etp", mesh.etp}})
+    if (degree > 1) experts.push_back(fmt::format("{} {}", name, degree));
+  const std::string text = axes.empty() ? "one rank" : fmt::format("{}", fmt::join(axes, " x "));
+  return experts.empty() ? text : fmt::format("{} ({})", text, fmt::join(experts, " x "));
+}
+
 template <class F>
 std::vector<int64_t> MeshGroups::where(F same) const {
   std::vector<int64_t> ranks;

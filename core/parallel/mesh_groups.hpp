@@ -25,6 +25,8 @@ Place place_of(const Mesh& mesh, int64_t rank);
 int64_t rank_at(const Mesh& mesh, const Place& place);  // by pp, dp_replicate, dp_shard, cp, tp
 // "rank 5 (pp 1, tp 1)": the axes that have more than one rank.
 std::string place_text(const Mesh& mesh, int64_t rank);
+// "dp_shard 2 x tp 2 (ep 2)": the axes that have more than one rank.
+std::string mesh_text(const Mesh& mesh);
 
 // This process among the others: how it reaches them. Made by a rendezvous, see parallel/rendezvous.hpp.
 struct World {

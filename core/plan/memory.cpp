@@ -30,7 +30,7 @@ MemoryPlan plan_memory(const ModelPlan& plan, const Config& config, const Mesh& 
   const double element = bf16 ? 2 : 4;
   double elements = 0, copied = 0, buffers = 0;
   // The stage with most parameters decides; the stem lies on the first and last and is counted with every stage.
-  std::vector<double> by_stage(static_cast<size_t>(std::max<int64_t>(plan.pattern.num_stages, 1)), 0.0), copied_by_stage = by_stage;
+  std::vector<double> by_stage(static_cast<size_t>(std::max<int64_t>(plan.num_stages, 1)), 0.0), copied_by_stage = by_stage;
   // Flat buffers are sharded over the data ranks that hold the same slice; experts have fewer of those, being cut over ep first.
   const double dense_ranks = static_cast<double>(mesh.dp_shard), expert_ranks = static_cast<double>(mesh.dp_shard * mesh.cp * mesh.tp / (mesh.ep * mesh.etp));
   for (const TensorRow& row : tensor_rows(plan)) {
@@ -40,7 +40,7 @@ MemoryPlan plan_memory(const ModelPlan& plan, const Config& config, const Mesh& 
     }
     const bool expert = std::any_of(row.param->shards.begin(), row.param->shards.end(), [](const Shard& shard) { return shard.axis != Axis::kTensor; });
     const double n = local_elements(*row.param, mesh) / std::max(1.0, expert ? expert_ranks : dense_ranks), copy = row.param->fp32 ? 0 : n;
-    if (row.layer && !row.name.starts_with("heads.") && mesh.pp > 1) by_stage[static_cast<size_t>(row.layer->stage)] += n, copied_by_stage[static_cast<size_t>(row.layer->stage)] += copy;
+    if (row.layer && !row.name.starts_with("heads.") && mesh.pp > 1) by_stage[static_cast<size_t>(row.layer->stage % mesh.pp)] += n, copied_by_stage[static_cast<size_t>(row.layer->stage % mesh.pp)] += copy;
     else elements += n, copied += copy;
   }
   elements += *std::max_element(by_stage.begin(), by_stage.end());

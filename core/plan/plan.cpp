@@ -56,6 +56,37 @@ void add_stack_rows(std::vector<TensorRow>& rows, const std::vector<LayerPlan>& 
     if (layer.weights_of == layer.index) add_rows(rows, layer.prefix, layer.params, layer.buffers, &layer);
 }
 
+// Cuts the layers into stages so that the dearest, by FLOPs of matrix products, is as cheap as can be. The last one bears the output and the head as well.
+void cut_by_cost(ModelPlan& plan, const Documents& documents, int64_t num_stages) {
+  std::vector<double> costs;
+  double behind = 0, low = 0, high = 0;
+  for (const LayerPlan& layer : plan.layers) costs.push_back(layer.type->cost(layer.config, plan.env, documents).flops());
+  for (const CostRow& row : cost_rows(plan, documents)) behind += row.cost.flops();
+  for (const double cost : costs) behind -= cost, low = std::max(low, cost), high += cost;
+  high += std::max(behind, 0.0);
+  // Stages from the back, each as full as `most` allows while a layer is left for every stage before it; the number of stages that takes, and their marks.
+  const auto cut = [&](double most, bool mark) {
+    int64_t stage = num_stages - 1;
+    double load = behind;
+    bool any = false;
+    for (size_t i = costs.size(); i-- > 0;) {
+      const bool full = any && load + costs[i] > most, needed = static_cast<int64_t>(i) + 1 <= stage;
+      if ((full || needed) && any) --stage, load = 0;
+      if (stage < 0) return false;
+      if (mark) plan.layers[i].stage = stage;
+      load += costs[i], any = true;
+      if (load > most && load > costs[i] + behind) return false;
+    }
+    return stage >= 0;
+  };
+  for (int step = 0; step < 60; ++step) {
+    const double middle = (low + high) / 2;
+    (cut(middle, false) ? high : low) = middle;
+  }
+  cut(high, true);
+  plan.num_stages = num_stages;
+}
+
 }  // namespace
 
 ModelPlan make_plan(const Config& config, const Mesh& mesh) {
@@ -66,11 +97,11 @@ ModelPlan make_plan(const Config& config, const Mesh& mesh) {
   const int64_t d = config.model.hidden_size, v = config.model.vocab_size;
   const std::vector<Shard> by_vocabulary{{Axis::kTensor, 0}};
   // The embedding is looked up row by row and its gradient is a sum over equal ids, so it stays fp32 until the rows are picked.
-  plan.stem.push_back({.name = "embedding.weight", .shape = {v, d}, .shards = by_vocabulary, .init = Init::normal(config.model.init_std),
+  plan.embedding.push_back({.name = "embedding.weight", .shape = {v, d}, .shards = by_vocabulary, .init = Init::normal(config.model.init_std),
                        .fp32 = true, .hf_name = "embeddings.weight"});
-  plan.stem.push_back({.name = "final_norm.weight", .shape = {d}, .shards = replicated(), .init = Init::constant(1), .decay = false, .hf_name = "norm_f.weight"});
+  plan.output.push_back({.name = "final_norm.weight", .shape = {d}, .shards = replicated(), .init = Init::constant(1), .decay = false, .hf_name = "norm_f.weight"});
   if (!config.model.tie_embeddings)
-    plan.stem.push_back({.name = "lm_head.weight", .shape = {v, d}, .shards = by_vocabulary, .init = Init::normal(config.model.init_std), .hf_name = "lm_head.weight"});
+    plan.output.push_back({.name = "lm_head.weight", .shape = {v, d}, .shards = by_vocabulary, .init = Init::normal(config.model.init_std), .hf_name = "lm_head.weight"});
   plan.layers = make_stack(config, plan.env, config.pattern.main, "");
   if (config.head) {
     HeadPlan head{.name = config.head->name, .type = config.head->type, .config = config.head->config, .passes = config.head->type->passes(config.head->config)};
@@ -85,12 +116,15 @@ ModelPlan make_plan(const Config& config, const Mesh& mesh) {
     }
     plan.head = std::move(head);
   }
+  plan.num_stages = config.pattern.num_stages;
+  if (plan.num_stages == 1 && mesh.pp > 1) cut_by_cost(plan, {{.length = config.training.seq_len, .count = 1}}, mesh.pp);
   return plan;
 }
 
 std::vector<TensorRow> tensor_rows(const ModelPlan& plan) {
   std::vector<TensorRow> rows;
-  add_rows(rows, "", plan.stem, {}, nullptr);
+  add_rows(rows, "", plan.embedding, {}, nullptr);
+  add_rows(rows, "", plan.output, {}, nullptr);
   add_stack_rows(rows, plan.layers);
   if (plan.head)
     for (const HeadSet& set : plan.head->sets) {

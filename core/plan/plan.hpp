@@ -42,9 +42,11 @@ struct ModelPlan {
   ModelConfig model;
   Env env;
   Pattern pattern;
-  ParamTable stem;           // embedding.weight, final_norm.weight, lm_head.weight (absent when tied)
+  ParamTable embedding;      // embedding.weight
+  ParamTable output;         // final_norm.weight, lm_head.weight (absent when tied)
   std::vector<LayerPlan> layers;
   std::optional<HeadPlan> head;
+  int64_t num_stages = 1;    // pipeline stages: the pattern's, or, where it has no `|`, as many as pipeline ranks, of near equal cost
 };
 
 ModelPlan make_plan(const Config& config, const Mesh& mesh = {});
@@ -54,7 +56,7 @@ struct TensorRow {
   std::string name;           // full checkpoint name
   const Param* param = nullptr;    // exactly one of the two is set
   const Buffer* buffer = nullptr;
-  const LayerPlan* layer = nullptr;  // nullptr for the stem and the head's own parameters
+  const LayerPlan* layer = nullptr;  // nullptr for the embedding, the output and the head's own parameters
   const std::vector<int64_t>& shape() const { return param ? param->shape : buffer->shape; }
 };
 std::vector<TensorRow> tensor_rows(const ModelPlan& plan);

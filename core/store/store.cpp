@@ -1,12 +1,13 @@
 #include "store/store.hpp"
 
-#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/core/grad_mode.h>
+#include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/full.h>
 #include <ATen/ops/zeros.h>
-#include <c10/core/InferenceMode.h>
 #include <fmt/format.h>
-#include <torch/csrc/autograd/custom_function.h>
+
+#include <algorithm>
 
 #include "plan/memory.hpp"
 #include "store/init.hpp"
@@ -21,139 +22,115 @@ bool matches(const std::string& name, const std::vector<std::string>& prefixes) 
   return false;
 }
 
-at::Tensor slot_view(const at::Tensor& flat, const FlatGroup::Slot& slot) {
-  return flat.narrow(0, slot.offset, num_elements(slot.row->shape)).view(slot.row->shape);
-}
+at::Tensor slot_view(const at::Tensor& flat, const FlatGroup::Slot& slot) { return flat.narrow(0, slot.offset, slot.part.size()).view(slot.part.shape()); }
+
+constexpr int64_t kAlign = 16;  // elements: views begin at 64 bytes
+
+int64_t aligned(int64_t n) { return (n + kAlign - 1) / kAlign * kAlign; }
+
+Range common(Range a, Range b) { return {std::max(a.begin, b.begin), std::min(a.end, b.end)}; }
 
 }  // namespace
 
-// Outputs are views of one group's compute buffer; backward adds each view's gradient into the flat fp32 gradient, which is
-// where a reduction over data ranks will happen.
-struct GatherFunction : public torch::autograd::Function<GatherFunction> {
-  static torch::autograd::variable_list forward(torch::autograd::AutogradContext* ctx, const at::Tensor& leaf, int64_t group_address) {
-    auto* group = reinterpret_cast<FlatGroup*>(group_address);
-    ctx->saved_data["group"] = group_address;
-    ctx->set_materialize_grads(false);
-    torch::autograd::variable_list views;
-    at::AutoDispatchBelowADInplaceOrView plain;  // the outputs are no tracked views of the leaf
-    const at::Tensor& flat = group->compute.defined() ? group->compute : leaf;
-    for (const FlatGroup::Slot& slot : group->slots) views.push_back(slot_view(flat, slot));
-    return views;
-  }
-  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx, const torch::autograd::variable_list& grads) {
-    auto* group = reinterpret_cast<FlatGroup*>(ctx->saved_data["group"].toInt());
-    at::NoGradGuard no_grad;
-    if (!group->grad.defined()) group->grad = at::zeros({group->data.numel()}, group->data.options().requires_grad(false));
-    for (size_t i = 0; i < grads.size(); ++i) {
-      if (!grads[i].defined()) continue;
-      FlatGroup::Slot& slot = group->slots[i];
-      at::Tensor into = slot_view(group->grad, slot);
-      if (slot.has_grad) into.add_(grads[i]);
-      else into.copy_(grads[i]);
-      slot.has_grad = true;
-    }
-    return {at::Tensor(), at::Tensor()};
-  }
-};
-
-Store::Store(const ModelPlan& plan, at::Device device, at::ScalarType compute_dtype, const std::vector<std::string>& freeze)
-    : plan_(&plan), device_(device), compute_dtype_(compute_dtype) {
-  if (device.is_cpu()) require_memory(plan);
-  add_unit("", plan.stem, {}, freeze);
-  auto stack = [&](const std::vector<LayerPlan>& layers) {
+Store::Store(const ModelPlan& plan, at::Device device, at::ScalarType compute_dtype, const std::vector<std::string>& freeze, const MeshGroups* groups,
+             const StoreOptions& options)
+    : plan_(&plan), device_(device), compute_dtype_(compute_dtype), freeze_(freeze), ranks_(groups), options_(options) {
+  if (device.is_cpu() && !groups) require_memory(plan);
+  const int64_t stages = groups ? groups->mesh().pp : 1, stage = groups ? groups->place().pp : 0;
+  const bool first = stage == 0, last = stage == stages - 1, embeds_again = plan.head || plan.model.tie_embeddings;
+  if (first || (last && embeds_again)) add_unit(kEmbedding, "", plan.embedding, {});
+  if (last) add_unit(kOutput, "", plan.output, {});
+  auto stack = [&](const std::vector<LayerPlan>& layers, bool main) {
     for (const LayerPlan& layer : layers)
-      if (layer.weights_of == layer.index) add_unit(layer.prefix, layer.params, layer.buffers, freeze);
+      if (layer.weights_of == layer.index && (!main || layer.stage % stages == stage)) add_unit(layer.prefix, layer.prefix, layer.params, layer.buffers);
   };
-  stack(plan.layers);
-  if (plan.head)
+  stack(plan.layers, true);
+  if (plan.head && last)
     for (const HeadSet& set : plan.head->sets) {
-      add_unit(set.prefix, set.params, {}, freeze);
-      stack(set.layers);
+      add_unit(set.prefix, set.prefix, set.params, {});
+      stack(set.layers, false);
     }
   for (const std::string& prefix : freeze) {
     bool used = false;
-    for (const auto& [name, place] : slots_) used = used || name.starts_with(prefix);
+    for (const TensorRow& row : tensor_rows(plan)) used = used || (row.param && row.name.starts_with(prefix));
     if (!used) throw Error(ExitCode::kUsage, fmt::format("training.freeze: no parameter's name begins with '{}'", prefix), "names are as `tessera plan` lists them: embedding.weight, layers.0.pre_norm.weight, ...");
   }
 }
 
-void Store::add_unit(const std::string& prefix, const ParamTable& params, const BufferTable& buffers, const std::vector<std::string>& freeze) {
-  auto& unit = units_[prefix];
+void Store::add_unit(const std::string& unit, const std::string& prefix, const ParamTable& params, const BufferTable& buffers) {
+  auto& groups = units_[unit];
+  const Mesh mesh = ranks_ ? ranks_->mesh() : Mesh{};
+  const Place place = ranks_ ? ranks_->place() : Place{};
   for (const Param& param : params) {
-    bool experts = false;
-    for (const Shard& shard : param.shards) experts = experts || shard.axis != Axis::kTensor;
-    const bool trainable = !matches(prefix + param.name, freeze);
+    const bool experts = is_expert(param), trainable = this->trainable(prefix + param.name);
     FlatGroup* group = nullptr;
-    for (FlatGroup* g : unit)
+    for (FlatGroup* g : groups)
       if (g->experts == experts && g->fp32 == param.fp32 && g->decay == param.decay && g->trainable == trainable) group = g;
     if (!group) {
-      group = &groups_.emplace_back(FlatGroup{.unit = prefix, .experts = experts, .fp32 = param.fp32, .decay = param.decay, .trainable = trainable});
-      unit.push_back(group);
+      group = &groups_.emplace_back(FlatGroup{.unit = unit, .experts = experts, .fp32 = param.fp32, .decay = param.decay, .trainable = trainable});
+      groups.push_back(group);
     }
-    int64_t end = 0;
-    if (!group->slots.empty()) end = group->slots.back().offset + num_elements(group->slots.back().row->shape);
-    end = (end + 15) / 16 * 16;  // 64-byte aligned views
-    group->slots.push_back({.name = prefix + param.name, .row = &param, .offset = end});
+    const int64_t end = group->slots.empty() ? 0 : aligned(group->slots.back().range().end);
+    group->slots.push_back({.name = prefix + param.name, .row = &param, .part = LocalPart(param, mesh, place), .offset = end});
     slots_[prefix + param.name] = {group, group->slots.size() - 1};
   }
-  for (FlatGroup* group : unit) {
-    const FlatGroup::Slot& last = group->slots.back();
-    group->data = at::zeros({last.offset + num_elements(last.row->shape)}, at::TensorOptions(at::kFloat).device(device_));
-    group->data.set_requires_grad(group->trainable);
-  }
-  Buffers& own = buffers_[prefix];
+  const bool on_both_ends = unit == kEmbedding && mesh.pp > 1 && (plan_->head || plan_->model.tie_embeddings);
+  for (FlatGroup* group : groups) lay_out(*group, on_both_ends);
+  Buffers& own = buffers_[unit];
   for (const Buffer& buffer : buffers) own[buffer.name] = at::full(buffer.shape, buffer.init, at::TensorOptions(at::kFloat).device(device_));
+}
+
+// Cuts the buffer over its ranks, and lists what of it other ranks hold alike.
+void Store::lay_out(FlatGroup& group, bool on_both_ends) {
+  if (ranks_) group.shard = group.experts ? ranks_->expert_shard() : ranks_->shard();
+  const int64_t ranks = group.shard ? group.shard->size() : 1, rank = group.shard ? group.shard->rank() : 0, end = group.slots.back().range().end;
+  group.length = group.shard ? aligned((end + ranks - 1) / ranks) * ranks : end;
+  group.own = {group.length / ranks * rank, group.length / ranks * (rank + 1)};
+  group.data = at::zeros({group.own.end - group.own.begin}, at::TensorOptions(at::kFloat).device(device_));
+  group.data.set_requires_grad(group.trainable);
+  if (!ranks_) return;
+
+  std::vector<Range> others;  // counted by another rank
+  const Place& place = ranks_->place();
+  for (const FlatGroup::Slot& slot : group.slots)
+    for (const SharedElements& shared : slot.part.shared()) {
+      const Range range = common({slot.offset + shared.elements.begin, slot.offset + shared.elements.end}, group.own);
+      if (range.begin >= range.end) continue;
+      const Range own{range.begin - group.own.begin, range.end - group.own.begin};
+      const Group* with = shared.axis == Axis::kTensor ? ranks_->tensor_part(shared.size) : ranks_->expert_part(shared.axis, shared.size);
+      const int64_t at = shared.axis == Axis::kTensor ? place.tp : shared.axis == Axis::kExpert ? place.ep : place.etp;
+      group.shared.push_back({own, with});
+      if (at % shared.size != 0) others.push_back(own);
+    }
+  const Range all{0, group.data.numel()};
+  if (on_both_ends) {
+    group.shared.push_back({all, ranks_->ends()});
+    if (place.pp != 0) return;
+  }
+  std::sort(others.begin(), others.end(), [](const Range& a, const Range& b) { return a.begin < b.begin; });
+  int64_t at = 0;
+  for (const Range& range : others) {
+    if (at < range.begin) group.counted.push_back({at, range.begin});
+    at = std::max(at, range.end);
+  }
+  if (at < all.end) group.counted.push_back({at, all.end});
 }
 
 void Store::initialise(int64_t seed) {
   at::NoGradGuard no_grad;
   for (FlatGroup& group : groups_)
     for (const FlatGroup::Slot& slot : group.slots) {
-      at::Tensor values = at::empty(slot.row->shape, at::kFloat);
-      fill_initial(values, slot.row->init, seed, slot.name);
-      tessera::slot_view(group.data, slot).copy_(values);
+      const Range own = common(slot.range(), group.own);
+      if (own.begin >= own.end) continue;
+      at::Tensor values = at::empty({own.end - own.begin}, at::kFloat);
+      const int64_t first = own.begin - slot.offset;
+      slot.part.for_stretches({first, own.end - slot.offset}, [&](int64_t global, int64_t at, int64_t count) {
+        at::Tensor stretch = values.narrow(0, at - first, count);
+        fill_initial(stretch, slot.row->init, seed, slot.name, global);
+      });
+      group.data.detach().narrow(0, own.begin - group.own.begin, own.end - own.begin).copy_(values);
     }
   touch();
-}
-
-// What a caller in inference mode allocates or views here outlives that mode.
-void Store::refresh(FlatGroup& group) {
-  // fp32 rows are those that no training dtype may narrow; fp64 is wider, and tests differentiate in it.
-  if (!group.stale || compute_dtype_ == at::kFloat || (compute_dtype_ != at::kDouble && group.fp32)) return;
-  const c10::InferenceMode off(false);
-  const at::NoGradGuard no_grad;
-  if (group.compute.defined()) group.compute.copy_(group.data);
-  else group.compute = group.data.detach().to(compute_dtype_);
-  group.stale = false;
-}
-
-const Weights& Store::plain(const std::string& prefix) {
-  auto [place, added] = plain_.try_emplace(prefix);
-  if (added) {
-    const c10::InferenceMode off(false);
-    const at::NoGradGuard no_grad;
-    for (FlatGroup* group : units_.at(prefix)) {
-      const at::Tensor flat = group->compute.defined() ? group->compute : group->data.detach();
-      for (const FlatGroup::Slot& slot : group->slots) place->second.add(tessera::slot_view(flat, slot), slot.row);
-    }
-  }
-  return place->second;
-}
-
-Weights Store::gather(const std::string& prefix) {
-  const std::vector<FlatGroup*>& groups = units_.at(prefix);
-  for (FlatGroup* group : groups) refresh(*group);
-  Weights weights;
-  if (at::GradMode::is_enabled()) {
-    for (FlatGroup* group : groups) {
-      const auto views = GatherFunction::apply(group->data, reinterpret_cast<int64_t>(group));
-      for (size_t i = 0; i < views.size(); ++i) weights.add(views[i], group->slots[i].row);
-    }
-  } else {
-    weights = plain(prefix);
-  }
-  for (const auto& [name, tensor] : buffers_.at(prefix)) weights.add_buffer(name, tensor);
-  return weights;
 }
 
 std::pair<FlatGroup*, FlatGroup::Slot*> Store::find(const std::string& name) const {
@@ -162,15 +139,18 @@ std::pair<FlatGroup*, FlatGroup::Slot*> Store::find(const std::string& name) con
   return {found->second.first, &found->second.first->slots[found->second.second]};
 }
 
-at::Tensor Store::parameter(const std::string& name) const {
+at::Tensor Store::slot_view(const std::string& name, const Flat& flat) const {
   auto [group, slot] = find(name);
-  return tessera::slot_view(group->data.detach(), *slot);
+  if (group->shard || !slot->part.whole()) throw Error(ExitCode::kRuntime, fmt::format("'{}' does not lie whole on this rank", name));
+  return tessera::slot_view(flat(*group).detach(), *slot);
 }
+
+at::Tensor Store::parameter(const std::string& name) const { return slot_view(name, masters); }
 
 at::Tensor Store::gradient(const std::string& name) {
   auto [group, slot] = find(name);
   if (!group->grad.defined() || !slot->has_grad) return at::zeros(slot->row->shape, group->data.options().requires_grad(false));
-  return tessera::slot_view(group->grad, *slot);
+  return slot_view(name, gradients);
 }
 
 at::Tensor Store::buffer(const std::string& name) const {
@@ -182,12 +162,51 @@ at::Tensor Store::buffer(const std::string& name) const {
   throw Error(ExitCode::kRuntime, fmt::format("the model has no buffer '{}'", name));
 }
 
-at::Tensor Store::slot_view(const std::string& name, const std::function<const at::Tensor&(const FlatGroup&)>& flat) const {
-  auto [group, slot] = find(name);
-  return tessera::slot_view(flat(*group), *slot);
+bool Store::trainable(const std::string& name) const { return !matches(name, freeze_); }
+
+bool Store::has(const std::string& name) const {
+  if (slots_.contains(name)) return true;
+  for (const auto& [prefix, own] : buffers_)
+    if (name.starts_with(prefix) && own.contains(name.substr(prefix.size()))) return true;
+  return false;
 }
 
-bool Store::trainable(const std::string& name) const { return find(name).first->trainable; }
+void Store::for_stretches(const std::string& name, const Flat& flat, const std::function<void(int64_t, const at::Tensor&)>& visit, bool counted) const {
+  const at::NoGradGuard no_grad;
+  auto [group, slot] = find(name);
+  const at::Tensor values = flat(*group).detach();
+  const int64_t base = group->own.begin - slot->offset;  // of the rank's elements, counted from the slot's
+  const auto within = [&](Range range) {
+    const Range own = common(slot->range(), {range.begin + group->own.begin, range.end + group->own.begin});
+    slot->part.for_stretches({own.begin - slot->offset, own.end - slot->offset}, [&](int64_t global, int64_t at, int64_t count) { visit(global, values.narrow(0, at - base, count)); });
+  };
+  if (!counted || !ranks_) return within({0, values.numel()});
+  if (ranks_->place().dp_replicate != 0) return;
+  for (const Range& range : group->counted) within(range);
+}
+
+void Store::assign(const std::string& name, const Flat& flat, const at::Tensor& values, int64_t first) {
+  const at::Tensor from = values.reshape({-1});
+  for_stretches(name, flat, [&](int64_t global, const at::Tensor& here) {
+    const Range both = common({global, global + here.numel()}, {first, first + from.numel()});
+    if (both.begin < both.end) here.narrow(0, both.begin - global, both.end - both.begin).copy_(from.narrow(0, both.begin - first, both.end - both.begin));
+  });
+}
+
+at::Tensor Store::whole(const std::string& name, const Flat& flat) const {
+  const at::NoGradGuard no_grad;
+  if (!ranks_) return slot_view(name, flat).clone();
+  // Every element comes from one rank, and zeros from all others.
+  const std::vector<int64_t>* shape = nullptr;
+  for (const TensorRow& row : tensor_rows(*plan_))
+    if (row.param && row.name == name) shape = &row.param->shape;
+  if (!shape) throw Error(ExitCode::kRuntime, fmt::format("the model has no parameter '{}'", name));
+  at::Tensor all = at::zeros(*shape, at::TensorOptions(at::kFloat).device(device_));
+  if (slots_.contains(name) && flat(*find(name).first).defined())
+    for_stretches(name, flat, [&](int64_t global, const at::Tensor& values) { all.view({-1}).narrow(0, global, values.numel()).copy_(values); }, /*counted=*/true);
+  if (ranks_->all()) ranks_->all()->all_reduce(all);
+  return all;
+}
 
 void Store::zero_grad() {
   for (FlatGroup& group : groups_)
@@ -196,15 +215,43 @@ void Store::zero_grad() {
 
 void Store::finish_grad() {
   at::NoGradGuard no_grad;
+  finish_reduction();
   for (FlatGroup& group : groups_) {
     if (!group.trainable) continue;
     if (!group.grad.defined()) group.grad = at::zeros({group.data.numel()}, group.data.options().requires_grad(false));
-    for (FlatGroup::Slot& slot : group.slots)
-      if (!slot.has_grad) tessera::slot_view(group.grad, slot).zero_();
+    for (FlatGroup::Slot& slot : group.slots) {
+      if (slot.has_grad) continue;
+      const Range own = common(slot.range(), group.own);
+      if (own.begin < own.end) group.grad.narrow(0, own.begin - group.own.begin, own.end - own.begin).zero_();
+    }
   }
+  if (!ranks_) return;
+  ranks_->whereabouts().place = "the sum of gradients";
+  std::vector<const Group*> partners;  // in the order of the plan, alike on all of them
+  for (const FlatGroup& group : groups_)
+    for (const FlatGroup::Shared& shared : group.shared)
+      if (group.trainable && std::find(partners.begin(), partners.end(), shared.ranks) == partners.end()) partners.push_back(shared.ranks);
+  for (const Group* partner : partners) {
+    std::vector<at::Tensor> parts;
+    for (FlatGroup& group : groups_)
+      for (const FlatGroup::Shared& shared : group.shared)
+        if (group.trainable && shared.ranks == partner) parts.push_back(group.grad.narrow(0, shared.range.begin, shared.range.end - shared.range.begin));
+    const at::Tensor sum = at::cat(parts);
+    partner->all_reduce(sum);
+    int64_t at = 0;
+    for (const at::Tensor& part : parts) {
+      part.copy_(sum.narrow(0, at, part.numel()));
+      at += part.numel();
+    }
+  }
+  if (ranks_->replicate())
+    for (FlatGroup& group : groups_)
+      if (group.trainable) ranks_->replicate()->all_reduce(group.grad);
 }
 
 void Store::touch() {
+  for (const auto& [group, lease] : prefetched_) give_back({lease});
+  prefetched_.clear();
   for (FlatGroup& group : groups_) group.stale = true;
 }
 

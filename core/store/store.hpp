@@ -1,87 +1,160 @@
 // The parameter store: fp32 master values in flat buffers, their gradients and optimizer slots, and the views that a layer runs on.
+// Over several ranks a store holds the units of its pipeline stage, of each parameter the part that tensor and expert axes leave it, and of each flat
+// buffer its share among the data ranks.
 #pragma once
 #include <ATen/core/Tensor.h>
 
 #include <deque>
 #include <functional>
 #include <map>
+#include <memory>
 #include <string>
 #include <vector>
 
 #include "plan/plan.hpp"
+#include "store/placement.hpp"
 #include "tessera/weights.hpp"
 
 namespace tessera {
 
-// One flat buffer: the parameters of one unit (a layer, the stem, a head's own) that are reduced, computed and decayed alike.
+// One flat buffer: the parameters of one unit (a layer, the embedding, the output, a head's own) that are reduced, computed and decayed alike.
 struct FlatGroup {
-  std::string unit;           // prefix of the unit's tensor names
-  bool experts = false;       // reduced over the expert data ranks, not all of them
+  std::string unit;           // see Store::units
+  bool experts = false;       // reduced over the copies of an expert, not over all data ranks
   bool fp32 = false;          // computed in fp32 in every dtype
   bool decay = false;
   bool trainable = true;
   struct Slot {
     std::string name;         // full checkpoint name
     const Param* row = nullptr;
+    LocalPart part;           // what tensor and expert axes leave this rank
     int64_t offset = 0;       // elements
     bool has_grad = false;    // written since the last zero_grad
+    Range range() const { return {offset, offset + part.size()}; }
   };
   std::vector<Slot> slots;
-  at::Tensor data;            // fp32 [n], master
-  at::Tensor compute;         // [n] in the compute dtype; undefined when the master itself is computed with
+  const Group* shard = nullptr;  // the ranks that share the buffer; nullptr: it is whole here
+  int64_t length = 0;         // elements of the whole buffer
+  Range own;                  // of them held here: what the tensors below hold
+  at::Tensor data;            // fp32, master
+  at::Tensor compute;         // in the compute dtype; undefined when the master itself is computed with
   bool stale = true;          // compute must be refreshed from data
-  at::Tensor grad;            // fp32 [n]; allocated with the first backward pass
-  at::Tensor exp_avg, exp_avg_sq;  // fp32 [n]; allocated with the first optimizer step
+  at::Tensor grad;            // fp32; allocated with the first backward pass
+  at::Tensor exp_avg, exp_avg_sq;  // fp32; allocated with the first optimizer step
+  // Of `own`, by its own index: what other ranks hold alike.
+  struct Shared {
+    Range range;
+    const Group* ranks;
+  };
+  std::vector<Shared> shared;
+  std::vector<Range> counted;  // of `own`: what this rank counts in sums over all ranks, so that everything counts once
 };
+
+// Which tensor of a flat buffer is meant.
+using Flat = std::function<at::Tensor&(FlatGroup&)>;
+inline at::Tensor& masters(FlatGroup& group) { return group.data; }
+inline at::Tensor& gradients(FlatGroup& group) { return group.grad; }
+
+struct StoreOptions {
+  bool reshard_after_forward = true;  // a gathered buffer is given back after the forward pass and gathered again for the backward pass
+  bool reduce_in_fp32 = true;         // else gradients are summed over ranks in the compute dtype
+};
+
+// A flat buffer gathered from its ranks for one use.
+class Lease;
+struct Leases;
+using LeasePtr = std::shared_ptr<Lease>;
 
 class Store {
  public:
-  // Allocates the masters, uninitialised, where this machine's memory can hold them (require_memory). `freeze` holds names or prefixes of parameters that are not trained. The plan must outlive the store.
-  Store(const ModelPlan& plan, at::Device device, at::ScalarType compute_dtype, const std::vector<std::string>& freeze = {});
+  // Allocates the masters, uninitialised, where this machine's memory can hold them (require_memory). `freeze` holds names or prefixes of parameters that are not trained. The plan must outlive the store, and `groups`, which is nullptr in a single process.
+  Store(const ModelPlan& plan, at::Device device, at::ScalarType compute_dtype, const std::vector<std::string>& freeze = {}, const MeshGroups* groups = nullptr,
+        const StoreOptions& options = {});
+  ~Store();
   Store(const Store&) = delete;
 
   // Initial values from the rows. They depend on (seed, tensor name, element index) only.
   void initialise(int64_t seed);
 
-  // Handles of one unit's parameters in the compute dtype, and its buffers. Under grad mode the views are differentiable and
-  // backward adds into the flat gradients (in fp32). `rows` are the unit's own rows (a layer that shares weights passes its owner's prefix).
-  Weights gather(const std::string& prefix);
+  // The keys of units: a layer's or head's prefix, and these two for what is no layer's.
+  static constexpr const char* kEmbedding = "embedding";  // embedding.weight
+  static constexpr const char* kOutput = "output";        // final_norm.weight, lm_head.weight
+  bool holds(const std::string& unit) const { return units_.contains(unit); }
 
-  // fp32 views of the masters, gradients and buffers by full checkpoint name. Throws Error(kRuntime) for an unknown name.
+  // Handles of one unit's parameters in the compute dtype, and its buffers. Under grad mode the views are differentiable and
+  // backward adds into the flat gradients (in fp32). `unit` is the unit's own key (a layer that shares weights passes its owner's prefix).
+  // Over data ranks that share the unit its buffers are gathered; `leases` then gets them, to be released when the forward pass is over.
+  Weights gather(const std::string& unit, std::vector<LeasePtr>* leases = nullptr);
+  // Begins to gather a unit that will be asked for next.
+  void prefetch(const std::string& unit);
+  // Gives the gathered memory back for good: where the backward pass needs no parameter.
+  void give_back(const std::vector<LeasePtr>& leases);
+  // Gives the gathered memory back until the gradient of the result comes by, when it is gathered again. `where` is told to the errors of collectives.
+  at::Tensor release(const at::Tensor& y, std::vector<LeasePtr> leases, const std::string& where);
+
+  // fp32 views of the masters, gradients and buffers by full checkpoint name, where this rank holds them whole. Throws Error(kRuntime) for an unknown name.
   at::Tensor parameter(const std::string& name) const;
   at::Tensor gradient(const std::string& name);  // zeros where no gradient arrived
   at::Tensor buffer(const std::string& name) const;
   Buffers& buffers(const std::string& prefix) { return buffers_.at(prefix); }
-  bool trainable(const std::string& name) const;
+  bool trainable(const std::string& name) const;  // of any parameter of the plan
   // View of a parameter's part of some flat buffer of its group: gradients, optimizer slots.
-  at::Tensor slot_view(const std::string& name, const std::function<const at::Tensor&(const FlatGroup&)>& flat) const;
+  at::Tensor slot_view(const std::string& name, const Flat& flat) const;
+
+  // Over several ranks. Whether this rank's stage has the parameter or buffer at all.
+  bool has(const std::string& name) const;
+  // The stretches of a parameter's global elements that lie here: their first global element, and the values. `counted`: only those that this rank
+  // counts among all that hold them alike, so that the ranks together visit every element once.
+  void for_stretches(const std::string& name, const Flat& flat, const std::function<void(int64_t global, const at::Tensor& values)>& visit, bool counted = false) const;
+  // Writes what lies here of values whose first element is the global element `first`.
+  void assign(const std::string& name, const Flat& flat, const at::Tensor& values, int64_t first = 0);
+  // The whole tensor in its global shape, on every rank. All ranks must call it.
+  at::Tensor whole(const std::string& name, const Flat& flat = masters) const;
 
   void zero_grad();
-  // Zeroes the slots that no backward pass reached, so that the flat gradients are complete.
+  // Completes the flat gradients: zeroes the slots that no backward pass reached, and adds up what other ranks hold alike.
   void finish_grad();
   // To be called after masters were written from outside (load, optimizer step).
   void touch();
 
   std::deque<FlatGroup>& groups() { return groups_; }
   const ModelPlan& plan() const { return *plan_; }
+  const MeshGroups* ranks() const { return ranks_; }
   at::Device device() const { return device_; }
   at::ScalarType compute_dtype() const { return compute_dtype_; }
   int64_t bytes() const;  // of masters, gradients, optimizer slots, compute copies and buffers as allocated now
 
  private:
-  void add_unit(const std::string& prefix, const ParamTable& params, const BufferTable& buffers, const std::vector<std::string>& freeze);
-  void refresh(FlatGroup& group);                    // its compute copy, where it has one
-  const Weights& plain(const std::string& prefix);   // a unit's parameters outside grad mode
+  friend class Lease;
+  friend struct GatherFunction;
+  void add_unit(const std::string& unit, const std::string& prefix, const ParamTable& params, const BufferTable& buffers);
+  void lay_out(FlatGroup& group, bool on_both_ends);
+  void refresh(FlatGroup& group);                  // its compute copy, where it has one
+  const Weights& plain(const std::string& unit);   // a unit's parameters outside grad mode, where nothing is gathered
+  LeasePtr lease(FlatGroup& group);                // prefetched, or begun now
+  void add_gradients(FlatGroup& group, const std::vector<at::Tensor>& grads);
+  void finish_reduction();
   std::pair<FlatGroup*, FlatGroup::Slot*> find(const std::string& name) const;
 
   const ModelPlan* plan_;
   at::Device device_;
   at::ScalarType compute_dtype_;
+  std::vector<std::string> freeze_;
+  const MeshGroups* ranks_;
+  StoreOptions options_;
   std::deque<FlatGroup> groups_;
   std::map<std::string, std::vector<FlatGroup*>, std::less<>> units_;
   std::map<std::string, std::pair<FlatGroup*, size_t>, std::less<>> slots_;
   std::map<std::string, Buffers, std::less<>> buffers_;
   std::map<std::string, Weights, std::less<>> plain_;  // made at first use
+  std::map<FlatGroup*, LeasePtr> prefetched_;
+  std::shared_ptr<Leases> last_;  // of the running forward pass: what the backward pass needs first
+  struct Reduction {
+    FlatGroup* group = nullptr;
+    at::Tensor part;
+    FlightPtr flight;
+  };
+  Reduction reduction_;  // one is in flight while the layer before computes
 };
 
 }  // namespace tessera

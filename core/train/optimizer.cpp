@@ -7,7 +7,10 @@
 #include <ATen/ops/clamp.h>
 #include <ATen/ops/full.h>
 #include <ATen/ops/linalg_vector_norm.h>
+#include <ATen/ops/sqrt.h>
+#include <ATen/ops/square.h>
 #include <ATen/ops/stack.h>
+#include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
 #include <fmt/format.h>
 
@@ -46,19 +49,31 @@ void Optimizer::allocate() {
   }
 }
 
-at::Tensor Optimizer::moment(const std::string& slot, const std::string& parameter) {
+Flat Optimizer::slot(const std::string& name) {
   allocate();
-  return store_->slot_view(parameter, [&](const FlatGroup& group) -> const at::Tensor& { return slot == "exp_avg" ? group.exp_avg : group.exp_avg_sq; });
+  return name == "exp_avg" ? Flat([](FlatGroup& group) -> at::Tensor& { return group.exp_avg; }) : Flat([](FlatGroup& group) -> at::Tensor& { return group.exp_avg_sq; });
 }
+
+at::Tensor Optimizer::moment(const std::string& slot_name, const std::string& parameter) { return store_->slot_view(parameter, slot(slot_name)); }
 
 at::Tensor Optimizer::grad_norm() {
   at::NoGradGuard no_grad;
   store_->finish_grad();
+  const MeshGroups* ranks = store_->ranks();
   std::vector<at::Tensor> grads;
-  for (FlatGroup& group : store_->groups())
-    if (group.trainable) grads.push_back(group.grad);
-  if (grads.empty()) throw Error(ExitCode::kUsage, "training.freeze: every parameter is frozen, so there is nothing to train");
-  return at::linalg_vector_norm(at::stack(at::_foreach_norm(grads, 2)));
+  for (FlatGroup& group : store_->groups()) {
+    if (!group.trainable) continue;
+    if (!ranks) grads.push_back(group.grad);
+    else if (ranks->place().dp_replicate == 0)
+      for (const Range& range : group.counted) grads.push_back(group.grad.narrow(0, range.begin, range.end - range.begin));
+  }
+  if (!ranks && grads.empty()) throw Error(ExitCode::kUsage, "training.freeze: every parameter is frozen, so there is nothing to train");
+  at::Tensor norm = grads.empty() ? at::zeros({}, at::TensorOptions(at::kFloat).device(store_->device())) : at::linalg_vector_norm(at::stack(at::_foreach_norm(grads, 2)));
+  if (!ranks || !ranks->all()) return norm;
+  norm = norm.to(at::kDouble).square();
+  ranks->whereabouts().place = "the gradient norm";
+  ranks->all()->all_reduce(norm);
+  return norm.sqrt().to(at::kFloat);
 }
 
 void Optimizer::step(double lr, double max_norm, const at::Tensor& grad_norm) {

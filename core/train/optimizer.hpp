@@ -24,7 +24,9 @@ class Optimizer {
   void step(double lr, double max_norm, const at::Tensor& grad_norm);
 
   int64_t steps_taken() const { return steps_taken_; }
-  // Moments of a parameter as fp32 views by slot name, "exp_avg" or "exp_avg_sq"; allocated when first asked for.
+  // Moments by slot name, "exp_avg" or "exp_avg_sq": of a flat buffer, for Store's functions; allocated when first asked for.
+  Flat slot(const std::string& name);
+  // Moments of a parameter that lies whole on this rank, as fp32 views.
   at::Tensor moment(const std::string& slot, const std::string& parameter);
   static const std::vector<std::string>& slots();
   void set_steps_taken(int64_t steps) { steps_taken_ = steps; }

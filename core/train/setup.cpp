@@ -25,9 +25,9 @@ at::ScalarType choose_dtype(const std::string& dtype, at::Device device) {
   return device.is_cuda() || supports_fast_bf16() ? at::kBFloat16 : at::kFloat;
 }
 
-void apply_runtime(const TrainingConfig& training) {
+void apply_runtime(const TrainingConfig& training, int64_t local_size) {
   const auto cores = static_cast<int64_t>(std::thread::hardware_concurrency());
-  at::set_num_threads(static_cast<int>(training.num_threads > 0 ? training.num_threads : std::max<int64_t>(cores, 1)));
+  at::set_num_threads(static_cast<int>(training.num_threads > 0 ? training.num_threads : std::max<int64_t>(cores / local_size, 1)));
   keep_large_blocks();
   // The same for operators' scratch and small tensors.
   mallopt(M_MMAP_THRESHOLD, 32 << 20);

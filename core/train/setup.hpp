@@ -13,8 +13,8 @@ namespace tessera {
 at::Device choose_device(const std::string& device);
 // auto takes bfloat16 where a small product is faster in it than in fp32, which is measured, never assumed.
 at::ScalarType choose_dtype(const std::string& dtype, at::Device device);
-// Threads and deterministic algorithms of this process.
-void apply_runtime(const TrainingConfig& training);
+// Threads and deterministic algorithms of this process, one of `local_size` on this machine.
+void apply_runtime(const TrainingConfig& training, int64_t local_size = 1);
 // The bindings that Model recomputes: none, the named ones, or {"*"} for all.
 std::vector<std::string> recomputed_bindings(const ActivationCheckpointConfig& config);
 // "float32", "bfloat16".

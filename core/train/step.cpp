@@ -2,11 +2,19 @@
 
 #include <ATen/TensorOperators.h>
 #include <ATen/core/grad_mode.h>
+#include <ATen/ops/empty.h>
 #include <ATen/ops/isfinite.h>
 #include <ATen/ops/stack.h>
+#include <ATen/ops/tensor.h>
+#include <ATen/ops/zeros.h>
+#include <fmt/format.h>
 #include <torch/csrc/autograd/autograd.h>
 
+#include <algorithm>
 #include <cmath>
+#include <nlohmann/json.hpp>
+
+#include "train/pipeline.hpp"
 
 namespace tessera {
 
@@ -35,31 +43,106 @@ struct Sums {
   std::map<std::string, at::Tensor> parts;
 };
 
-void add_to(at::Tensor& sum, const at::Tensor& value) { sum = sum.defined() ? sum + value : value; }
+void add_to(at::Tensor& sum, const at::Tensor& value) {
+  if (value.defined()) sum = sum.defined() ? sum + value : value;
+}
 
-Sums run_micro_batches(Model& model, const std::vector<Batch>& micro_batches) {
+// Of the global batch: every data rank has its own micro-batches.
+Denominators global_denominators(Model& model, const std::vector<Batch>& micro_batches) {
   Denominators over;
   for (const Batch& batch : micro_batches) over += denominators(model.plan(), batch);
+  const MeshGroups* ranks = model.store().ranks();
+  if (!ranks || !ranks->data()) return over;
+  ranks->whereabouts().place = "the count of targets";
+  std::vector<double> all;
+  for (const auto* list : {&over.targets, &over.tokens, &over.documents}) all.insert(all.end(), list->begin(), list->end());
+  const at::Tensor sums = at::tensor(all, at::kDouble).to(model.store().device());
+  ranks->data()->all_reduce(sums);
+  const at::Tensor host = sums.to(at::kCPU);
+  const double* from = host.const_data_ptr<double>();
+  for (auto* list : {&over.targets, &over.tokens, &over.documents})
+    for (double& value : *list) value = *from++;
+  return over;
+}
+
+Sums run_micro_batches(Model& model, const std::vector<Batch>& micro_batches) {
+  const Denominators over = global_denominators(model, micro_batches);
   Sums sums;
+  const auto report = [&](const LossResult& result) {
+    add_to(sums.loss, result.main);
+    add_to(sums.total, result.value);
+    for (const auto& [name, part] : result.parts) add_to(sums.parts[name], part);
+  };
+  if (model.plan().env.mesh.pp > 1) {
+    run_pipeline(model, micro_batches, over, report);
+    return sums;
+  }
   for (const Batch& batch : micro_batches) {
     at::AutoGradMode grad_mode(true);
     LossResult result = model.loss(batch, over, /*training=*/true);
     if (model.clock()) model.clock()->enter("lm_head", StepClock::kBackward);
     if (result.total.requires_grad()) torch::autograd::backward({result.total}, {});
-    add_to(sums.loss, result.main);
-    add_to(sums.total, result.value);
-    for (const auto& [name, part] : result.parts) add_to(sums.parts[name], part);
+    report(result);
   }
   return sums;
 }
 
 void read_sums(Readback& readback, const Sums& sums, StepResult& result) {
-  readback.add(&result.loss, sums.loss);
-  readback.add(&result.total_loss, sums.total);
+  if (sums.loss.defined()) readback.add(&result.loss, sums.loss);
+  if (sums.total.defined()) readback.add(&result.total_loss, sums.total);
   for (const auto& [name, part] : sums.parts) readback.add(&result.parts[name], part);
 }
 
+// Each rank has its tokens' and stages' share. The ranks of a stage report the same names, the stages different ones.
+void sum_over_ranks(const MeshGroups& ranks, at::Device device, StepResult& result) {
+  ranks.whereabouts().place = "the sum of losses";
+  if (ranks.stage()) {
+    std::vector<double> values{result.loss, result.total_loss};
+    for (const auto& [name, part] : result.parts) values.push_back(part);
+    const at::Tensor sums = at::tensor(values, at::kDouble).to(device);
+    ranks.stage()->all_reduce(sums);
+    const at::Tensor host = sums.to(at::kCPU);
+    const double* from = host.const_data_ptr<double>();
+    result.loss = *from++, result.total_loss = *from++;
+    for (auto& [name, part] : result.parts) part = *from++;
+    for (auto& [layer, counts] : result.counts)
+      for (auto& [name, count] : counts) ranks.stage()->all_reduce(count = count.contiguous());
+  }
+  if (!ranks.pipe()) return;
+  constexpr int64_t kBytes = 1 << 14;
+  const nlohmann::json own{{"loss", result.loss}, {"total", result.total_loss}, {"parts", result.parts}};
+  const std::vector<uint8_t> bytes = nlohmann::json::to_cbor(own);
+  if (static_cast<int64_t>(bytes.size()) > kBytes) throw Error(ExitCode::kRuntime, fmt::format("{} losses with names do not fit into {} bytes", result.parts.size(), kBytes));
+  at::Tensor text = at::zeros({kBytes}, at::kByte), all = at::empty({kBytes * ranks.pipe()->size()}, at::TensorOptions(at::kByte).device(device));
+  std::copy(bytes.begin(), bytes.end(), text.mutable_data_ptr<uint8_t>());
+  ranks.pipe()->all_gather(all, text.to(device));
+  const at::Tensor host = all.to(at::kCPU);
+  result.loss = result.total_loss = 0;
+  result.parts.clear();
+  for (int64_t r = 0; r < ranks.pipe()->size(); ++r) {
+    const uint8_t* from = host.const_data_ptr<uint8_t>() + r * kBytes;
+    const auto stage = nlohmann::json::from_cbor(from, from + kBytes, /*strict=*/false);
+    result.loss += stage["loss"].get<double>();
+    result.total_loss += stage["total"].get<double>();
+    for (const auto& [name, part] : stage["parts"].items()) result.parts[name] += part.get<double>();
+  }
+}
+
 }  // namespace
+
+std::vector<Batch> micro_batches(std::span<const Row> rows, int64_t local_batch_size, at::Device device) {
+  std::vector<Batch> out;
+  const auto local = static_cast<size_t>(local_batch_size);
+  for (size_t first = 0; first < rows.size(); first += local) {
+    out.push_back(assemble(rows.subspan(first, std::min(local, rows.size() - first))));
+    out.back().ids_n = out.back().ids_n.to(device);
+  }
+  return out;
+}
+
+Range rows_of(int64_t num_rows, int64_t data_rank, int64_t data_ranks) { return {num_rows * data_rank / data_ranks, num_rows * (data_rank + 1) / data_ranks}; }
+
+int64_t data_rank(const MeshGroups* groups) { return groups ? groups->place().dp_replicate * groups->mesh().dp_shard + groups->place().dp_shard : 0; }
 
 StepResult accumulate(Model& model, const std::vector<Batch>& micro_batches) {
   StepResult result;
@@ -69,6 +152,7 @@ StepResult accumulate(Model& model, const std::vector<Batch>& micro_batches) {
   read_sums(readback, sums, result);
   readback.read();
   result.counts = model.take_counts();
+  if (const MeshGroups* ranks = model.store().ranks()) sum_over_ranks(*ranks, model.store().device(), result);
   return result;
 }
 
@@ -83,6 +167,7 @@ StepResult train_step(Model& model, Optimizer& optimizer, const std::vector<Batc
   readback.add(&result.grad_norm, norm);
   readback.read();
   result.counts = model.take_counts();
+  if (const MeshGroups* ranks = model.store().ranks()) sum_over_ranks(*ranks, model.store().device(), result);
   result.finite = std::isfinite(result.total_loss) && std::isfinite(result.grad_norm);
   if (!result.finite) return result;
   optimizer.step(lr, max_norm, norm);
@@ -97,7 +182,7 @@ std::string diagnose_nonfinite(Model& model, const std::vector<Batch>& micro_bat
   std::string place;
   for (FlatGroup& group : model.store().groups())
     if (group.trainable && group.grad.defined() && !at::isfinite(group.grad).all().item<bool>()) {
-      const bool stem = group.unit.empty();
+      const bool stem = group.unit == Store::kEmbedding || group.unit == Store::kOutput;
       std::string unit = stem ? group.slots.back().name : group.unit.substr(0, group.unit.size() - 1);
       if (place.empty() || !stem) place = unit;
     }

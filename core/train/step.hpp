@@ -1,9 +1,11 @@
 // One optimizer step over the micro-batches of a global batch.
 #pragma once
 #include <map>
+#include <span>
 #include <string>
 #include <vector>
 
+#include "data/loader.hpp"
 #include "model/model.hpp"
 #include "train/optimizer.hpp"
 
@@ -17,6 +19,14 @@ struct StepResult {
   LayerCounts counts;
   bool finite = true;     // false: loss or gradient was not, and no step was taken
 };
+
+// The micro-batches of one data rank: each takes an equal stretch of a global batch's rows, local_batch_size at a time, so that what all ranks do together
+// depends on the rows alone. On several data ranks the number of rows divides by local_batch_size x data_ranks.
+std::vector<Batch> micro_batches(std::span<const Row> rows, int64_t local_batch_size, at::Device device);
+// The rows of that stretch: [begin, end).
+Range rows_of(int64_t num_rows, int64_t data_rank, int64_t data_ranks);
+// Which of the data ranks this one is.
+int64_t data_rank(const MeshGroups* groups);
 
 // Forward and backward over `micro_batches`, clipping, AdamW, blocks' after_step. The loss and its gradients are means over the
 // valid targets of all micro-batches together. A loss or gradient that is not finite leaves weights, moments and buffers untouched,

@@ -2,6 +2,7 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/core/grad_mode.h>
+#include <ATen/ops/full.h>
 #include <fmt/format.h>
 #include <unistd.h>
 
@@ -10,6 +11,7 @@
 #include <csignal>
 #include <iostream>
 #include <nlohmann/json.hpp>
+#include <torch/csrc/distributed/c10d/Store.hpp>
 
 #include "checkpoint/checkpoint.hpp"
 #include "checkpoint/file.hpp"
@@ -20,8 +22,12 @@
 #include "metrics/metrics_file.hpp"
 #include "metrics/progress.hpp"
 #include "model/model.hpp"
+#include "parallel/agree.hpp"
+#include "parallel/rendezvous.hpp"
+#include "parallel/watch.hpp"
 #include "plan/memory.hpp"
 #include "plugin/program.hpp"
+#include "tessera/build_key.hpp"
 #include "train/evaluate.hpp"
 #include "train/profile.hpp"
 #include "train/setup.hpp"
@@ -35,56 +41,85 @@ using nlohmann::json;
 
 namespace {
 
+// What the first rank says.
+std::string from_first(const World& world, const std::string& about, const std::string& text) {
+  if (world.size == 1) return text;
+  const std::string key = "from first/" + about;
+  if (world.rank == 0) world.store->set(key, std::vector<uint8_t>(text.begin(), text.end()));
+  const std::vector<uint8_t> said = world.store->get(key);
+  return {said.begin(), said.end()};
+}
+
+std::string plugin_files(const Registry& registry) {
+  std::string text;
+  for (const Registry::Plugin& plugin : registry.plugins()) text += fmt::format("{} {:08x}\n", plugin.file.filename().string(), file_crc32(plugin.file));
+  return text;
+}
+
 double seconds() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
 class Run {
  public:
-  Run(const Config& config, const Registry& registry, const TrainOptions& options)
-      : config_(config), registry_(registry), options_(options), folder_(config.run.folder), checkpoints_(folder_ / "checkpoints") {}
+  Run(const Config& config, const Registry& registry, const TrainOptions& options, const World& world, const Mesh& mesh)
+      : config_(config), registry_(registry), options_(options), world_(world), mesh_(mesh), folder_(config.run.folder), checkpoints_(folder_ / "checkpoints") {
+    options_.quiet = options_.quiet || !first();
+  }
 
-  int go() {
-    make_mesh(config_.parallelism, /*world_size=*/1);  // refuses degrees that need more than this process
+  // `groups` outlives the run: it gets the ranks' groups where there are several.
+  int go(std::unique_ptr<MeshGroups>& groups) {
     if (!has_data(config_)) throw Error(ExitCode::kUsage, "data: the table is missing, so there is nothing to train on", "for example [data] source = \"bytes\" and path = \"{libtorch}/**/*.h\"");
+    dataset_ = Dataset::open(config_.data, config_.model.vocab_size, {{"libtorch", libtorch_include().string()}});
+    if (world_.size > 1) {
+      agree(world_, {{"build", TESSERA_VERSION " " TESSERA_BUILD_KEY}, {"plugins", plugin_files(registry_)}, {"configuration", to_toml(config_)}, {"data", dataset_->hash()}});
+      groups = std::make_unique<MeshGroups>(world_, mesh_);
+      ranks_ = groups.get();
+    }
     if (open_folder()) return 0;
-    apply_runtime(config_.training);
+    apply_runtime(config_.training, world_.local_size);
     device_ = choose_device(config_.training.device);
     // What `auto` measured once holds for the whole run: a resumed curve is the uninterrupted one.
     if (resume_from_ && config_.training.dtype == "auto") config_.training.dtype = checkpoint_config(*resume_from_, {}, registry_).training.dtype;
-    dtype_ = choose_dtype(config_.training.dtype, device_);
+    dtype_ = choose_dtype(from_first(world_, "dtype", first() ? dtype_name(choose_dtype(config_.training.dtype, device_)) : ""), device_);
     config_.training.dtype = dtype_name(dtype_);
-    plan_ = make_plan(config_);
-    if (device_.is_cpu()) require_memory(plan_, &config_.training);
-    store_ = std::make_unique<Store>(plan_, device_, dtype_, config_.training.freeze);
+    plan_ = make_plan(config_, mesh_);
+    if (device_.is_cpu() && !ranks_) require_memory(plan_, &config_.training);
+    const StoreOptions sharing{.reshard_after_forward = config_.parallelism.reshard_after_forward, .reduce_in_fp32 = config_.parallelism.reduce_dtype == "float32"};
+    store_ = std::make_unique<Store>(plan_, device_, dtype_, config_.training.freeze, ranks_, sharing);
     optimizer_ = std::make_unique<Optimizer>(*store_, config_.optimizer);
-    dataset_ = Dataset::open(config_.data, config_.model.vocab_size, {{"libtorch", libtorch_include().string()}});
     loader_ = std::make_unique<Loader>(dataset_, config_.training.seq_len);
     model_ = std::make_unique<Model>(plan_, *store_, recomputed_bindings(config_.activation_checkpoint));
     if (resume_from_) restore();
     else begin();
-    write_file(folder_ / "config.toml", to_toml(config_));
+    if (first()) write_file(folder_ / "config.toml", to_toml(config_));
     if (config_.validation.interval > 0) validation_ = validation_rows(dataset_, config_.training.seq_len, config_.validation.tokens);
     say_hello();
     return loop();
   }
 
  private:
-  // True when the run is finished already.
+  bool first() const { return world_.rank == 0; }
+
+  // True when the run is finished already. The first rank looks and makes, the others learn what it found.
   bool open_folder() {
-    make_folder(folder_);
-    lock_.emplace(folder_, "another process is training there", "wait until it ends, or choose another [run] folder or name");
-    const auto complete = list_checkpoints(checkpoints_);
-    if (!options_.resume) {
-      if (fs::exists(folder_ / "metrics.jsonl") || !complete.empty())
+    std::string from;
+    if (first()) {
+      make_folder(folder_);
+      lock_.emplace(folder_, "another process is training there", "wait until it ends, or choose another [run] folder or name");
+      const auto complete = list_checkpoints(checkpoints_);
+      if (!options_.resume && (fs::exists(folder_ / "metrics.jsonl") || !complete.empty()))
         throw Error(ExitCode::kUsage, fmt::format("{}: holds a run already", folder_.string()), "go on with it by --resume, or choose another [run] folder or name");
-    } else if (complete.empty()) {
-      say(fmt::format("no complete checkpoint in {}: starting at step 0", checkpoints_.string()));
-    } else {
-      resume_from_ = open_checkpoint(complete.back());
+      if (options_.resume && complete.empty()) say(fmt::format("no complete checkpoint in {}: starting at step 0", checkpoints_.string()));
+      if (options_.resume && !complete.empty()) from = complete.back().string();
+    }
+    from = from_first(world_, "resumed checkpoint", from);
+    if (!from.empty()) {
+      resume_from_ = open_checkpoint(from, /*optimizer=*/true, /*check=*/first());
       if (resume_from_->state.step >= config_.training.steps) {
         say(fmt::format("{} is finished: {} of {} steps", folder_.string(), resume_from_->state.step, config_.training.steps));
         return true;
       }
     }
+    if (!first()) return false;
     make_folder(checkpoints_);
     for (const char* name : {"config.toml", "metrics.jsonl"}) AtomicFile::clear_leftovers(folder_ / name);
     return false;
@@ -125,32 +160,28 @@ class Run {
     for (const Binding& binding : config_.bindings) legend += fmt::format(" {} = {}", binding.symbol, binding.name);
     say(fmt::format("{}: pattern {} ({}:{}), {} parameters, {} on {}, {} threads", config_.run.name, plan_.pattern.text, config_.model.dialect, legend, sum.trained,
                     dtype_name(dtype_), device_.str(), at::get_num_threads()));
+    if (ranks_) say(fmt::format("{} ranks: {}", world_.size, mesh_text(mesh_)));
     const int64_t per_step = global_rows() * config_.training.seq_len;
     const Documents documents{{.length = config_.training.seq_len, .count = global_rows()}};
     for (const CostRow& row : cost_rows(plan_, documents)) flops_per_token_ += 3 * row.cost.flops() / static_cast<double>(per_step);
     peak_flops_ = measure_matrix_peak(dtype_, device_);
   }
 
-  int64_t global_rows() const { return global_batch_rows(config_); }
+  int64_t global_rows() const { return global_batch_rows(config_, mesh_); }
 
-  // The rows of this step, cut into micro-batches.
+  // This data rank's rows of this step, cut into micro-batches.
   std::vector<Batch> next_batches() {
-    const std::vector<Row> rows = loader_->next_rows(global_rows());
-    std::vector<Batch> out;
-    const auto local = static_cast<size_t>(config_.training.local_batch_size);
-    for (size_t r = 0; r < rows.size(); r += local) {
-      Batch batch = assemble(std::span(rows).subspan(r, std::min(local, rows.size() - r)));
-      batch.ids_n = batch.ids_n.to(device_);
-      out.push_back(std::move(batch));
-    }
-    return out;
+    const Range mine = rows_of(global_rows(), data_rank(ranks_), mesh_.dp_replicate * mesh_.dp_shard);
+    const std::vector<Row> rows = loader_->next_rows(global_rows(), mine.begin, mine.end);
+    return micro_batches(std::span(rows).subspan(static_cast<size_t>(mine.begin), static_cast<size_t>(mine.end - mine.begin)), config_.training.local_batch_size, device_);
   }
 
   int loop() {
     const StopSignals signals;
-    MetricsFile metrics(folder_ / "metrics.jsonl", step_);
+    std::optional<MetricsFile> metrics;
+    if (first()) metrics.emplace(folder_ / "metrics.jsonl", step_);
     std::unique_ptr<EventFile> events;
-    if (config_.metrics.tensorboard) events = std::make_unique<EventFile>(folder_, step_);
+    if (config_.metrics.tensorboard && first()) events = std::make_unique<EventFile>(folder_, step_);
     const bool live = isatty(STDERR_FILENO);
     const double began = seconds();
     const int64_t first_step = step_;
@@ -165,8 +196,7 @@ class Run {
       }
       if (!result.finite) nonfinite(result, batches);
       ++step_;
-      int64_t step_tokens = 0;
-      for (const Batch& batch : batches) step_tokens += batch.spans.num_tokens();
+      const int64_t step_tokens = global_rows() * config_.training.seq_len;
       tokens_ += step_tokens;
       const double elapsed = seconds() - start;
       json line{{"step", step_}, {"loss", result.loss}, {"total_loss", result.total_loss}, {"grad_norm", result.grad_norm}, {"lr", lr}, {"tokens", tokens_},
@@ -179,7 +209,7 @@ class Run {
       const bool last = step_ == config_.training.steps;
       if (!validation_.empty() && (step_ % config_.validation.interval == 0 || last)) line["val_loss"] = validation_loss(*model_, validation_, config_.training.local_batch_size);
       write([&] {
-        metrics.write(line);
+        if (metrics) metrics->write(line);
         if (!events) return;
         for (const auto& [key, value] : line.items())
           if (value.is_number() && key != "step") events->scalar(key, step_, value.get<double>());
@@ -187,18 +217,30 @@ class Run {
       if (!options_.quiet && (step_ % config_.metrics.log_interval == 0 || last || line.contains("val_loss")))
         progress(line, live, (seconds() - began) / static_cast<double>(step_ - first_step));
       const int64_t interval = config_.checkpoint.interval;
-      if (!last && !StopSignals::received() && (interval == 0 || step_ % interval != 0)) continue;
+      const int signal = received_by_any();
+      if (!last && !signal && (interval == 0 || step_ % interval != 0)) continue;
       write([&] {
-        metrics.flush();
+        if (metrics) metrics->flush();
         save();
       });
-      if (const std::string failed = prune_checkpoints(checkpoints_, config_.checkpoint.keep_latest_k); !failed.empty()) say(failed);
-      if (const int signal = StopSignals::received(); signal && !last) {
+      if (first())
+        if (const std::string failed = prune_checkpoints(checkpoints_, config_.checkpoint.keep_latest_k); !failed.empty()) say(failed);
+      if (signal && !last) {
         say(fmt::format("stopped by {} after step {}: checkpoint saved; go on with --resume", signal == SIGINT ? "SIGINT" : "SIGTERM", step_));
         return 128 + signal;
       }
     }
     return 0;
+  }
+
+  // All ranks stop after the same step: a signal that one of them received is one for all.
+  int received_by_any() const {
+    const int signal = StopSignals::received();
+    if (!ranks_ || !ranks_->all()) return signal;
+    const at::Tensor greatest = at::full({1}, signal, at::TensorOptions(at::kInt).device(device_));
+    ranks_->whereabouts().place = "the end of a step";
+    ranks_->all()->all_reduce(greatest, Reduce::kMax);
+    return greatest.item<int>();
   }
 
   void nonfinite(const StepResult& result, const std::vector<Batch>& batches) {
@@ -226,7 +268,7 @@ class Run {
         line[key + ".imbalance"] = mean > 0 ? host.max().item<double>() / mean : 0.0;
         line[key] = std::vector<double>(host.const_data_ptr<double>(), host.const_data_ptr<double>() + host.numel());
       }
-    line["residual_rms"] = model_->residual_norms(batches.front());
+    if (mesh_.pp == 1) line["residual_rms"] = model_->residual_norms(batches.front());
   }
 
   void progress(const json& line, bool live, double seconds_per_step) {
@@ -270,6 +312,9 @@ class Run {
   Config config_;
   const Registry& registry_;
   TrainOptions options_;
+  const World& world_;
+  const MeshGroups* ranks_ = nullptr;  // nullptr: a single process
+  Mesh mesh_;
   fs::path folder_, checkpoints_;
   std::optional<FolderLock> lock_;
   std::optional<OpenCheckpoint> resume_from_;
@@ -291,7 +336,15 @@ class Run {
 
 int train(const Config& config, const Registry& registry, const TrainOptions& options) {
   std::signal(SIGPIPE, SIG_IGN);  // a run does not end because nobody reads its progress any more
-  return Run(config, registry, options).go();
+  const World world = rendezvous(std::chrono::seconds(config.parallelism.timeout_seconds));
+  const Mesh mesh = make_mesh(config.parallelism, world.size);  // refuses degrees that need another number of processes
+  Issues issues;
+  check_config(config, mesh, issues);
+  issues.raise();
+  std::unique_ptr<MeshGroups> groups;
+  Watch watch(world);
+  watch.set_mesh(mesh);
+  return watch.run([&] { return Run(config, registry, options, world, mesh).go(groups); });
 }
 
 }  // namespace tessera

@@ -8,19 +8,13 @@
 
 #include <numeric>
 
+#include "parallel/mesh_groups.hpp"
 #include "store/init.hpp"
 #include "tests/support/conformance.hpp"
 
 namespace tessera::conformance {
 
 namespace {
-
-std::string mesh_text(const Mesh& mesh) {
-  std::string out;
-  for (const auto& [name, degree] : {std::pair{"dp_shard", mesh.dp_shard}, {"tp", mesh.tp}, {"ep", mesh.ep}, {"etp", mesh.etp}})
-    if (degree > 1) out += fmt::format("{}{}={}", out.empty() ? "" : ",", name, degree);
-  return out;
-}
 
 std::vector<Mesh> meshes() {
   return {{.tp = 2}, {.tp = 3}, {.tp = 4}, {.tp = 8}, {.dp_shard = 2, .ep = 2}, {.dp_shard = 3, .ep = 3}, {.tp = 2, .etp = 2}, {.dp_shard = 2, .tp = 2, .ep = 2, .etp = 2}};

@@ -1,0 +1,280 @@
+#include "train/pipeline.hpp"
+
+#include <ATen/core/grad_mode.h>
+#include <ATen/ops/empty.h>
+#include <fmt/format.h>
+#include <torch/csrc/autograd/autograd.h>
+
+#include <algorithm>
+#include <array>
+#include <deque>
+#include <map>
+
+namespace tessera {
+
+namespace {
+
+// The forward passes of a rank in the order in which it takes them: micro-batches in groups of num_ranks, each group through all of the rank's stages.
+std::vector<PipelineAction> forward_order(int64_t num_ranks, int64_t num_stages, int64_t num_micro, int64_t rank) {
+  std::vector<PipelineAction> order;
+  for (int64_t first = 0; first < num_micro; first += num_ranks)
+    for (int64_t stage = rank; stage < num_stages; stage += num_ranks)
+      for (int64_t micro = first; micro < std::min(num_micro, first + num_ranks); ++micro) order.push_back({.forward = true, .micro = micro, .stage = stage});
+  return order;
+}
+
+std::vector<PipelineAction> backward_order(int64_t num_ranks, int64_t num_stages, int64_t num_micro, int64_t rank) {
+  std::vector<PipelineAction> order;
+  for (int64_t first = 0; first < num_micro; first += num_ranks)
+    for (int64_t stage = num_stages - num_ranks + rank; stage >= 0; stage -= num_ranks)
+      for (int64_t micro = first; micro < std::min(num_micro, first + num_ranks); ++micro) order.push_back({.forward = false, .micro = micro, .stage = stage});
+  return order;
+}
+
+// Plays the ranks against a clock: each takes its next backward pass when its gradient is there, else its next forward pass while it may keep more.
+class Simulation {
+ public:
+  Simulation(int64_t num_ranks, int64_t num_stages, int64_t num_micro) : num_ranks_(num_ranks), num_stages_(num_stages), num_micro_(num_micro) {
+    const int64_t chunks = num_stages / num_ranks;
+    for (int64_t r = 0; r < num_ranks; ++r) {
+      ranks_.push_back({.forwards = forward_order(num_ranks, num_stages, num_micro, r), .backwards = backward_order(num_ranks, num_stages, num_micro, r)});
+      ranks_.back().may_keep = chunks == 1 ? num_ranks - r : 2 * (num_ranks - r - 1) + (chunks - 1) * num_ranks + 1;
+    }
+    done_.assign(static_cast<size_t>(2 * num_stages * num_micro), -1);
+  }
+
+  std::vector<std::vector<PipelineAction>> run() {
+    size_t left = static_cast<size_t>(2 * num_stages_ * num_micro_);
+    while (left > 0) {
+      // The rank that can begin something first does.
+      int64_t best = -1, best_time = 0;
+      bool best_forward = false;
+      for (int64_t r = 0; r < num_ranks_; ++r) {
+        for (const bool forward : {false, true}) {
+          const int64_t time = ready(r, forward);
+          if (time < 0 || (best >= 0 && time >= best_time)) continue;
+          best = r, best_time = time, best_forward = forward;
+        }
+      }
+      if (best < 0) {  // every rank keeps what it may
+        for (Rank& rank : ranks_) ++rank.may_keep;
+        continue;
+      }
+      begin(best, best_forward, best_time);
+      --left;
+    }
+    std::vector<std::vector<PipelineAction>> out;
+    for (Rank& rank : ranks_) out.push_back(std::move(rank.taken));
+    return out;
+  }
+
+ private:
+  struct Rank {
+    std::vector<PipelineAction> forwards, backwards, taken = {};
+    size_t next_forward = 0, next_backward = 0;
+    int64_t may_keep = 0, free_at = 0;
+  };
+
+  int64_t& done(const PipelineAction& a) { return done_[static_cast<size_t>(((a.forward ? 0 : 1) * num_stages_ + a.stage) * num_micro_ + a.micro)]; }
+
+  // When the rank could begin its next pass of that kind; -1 when something it needs has not happened.
+  int64_t ready(int64_t r, bool forward) {
+    Rank& rank = ranks_[static_cast<size_t>(r)];
+    const auto& order = forward ? rank.forwards : rank.backwards;
+    const size_t next = forward ? rank.next_forward : rank.next_backward;
+    if (next == order.size()) return -1;
+    if (forward && static_cast<int64_t>(rank.next_forward - rank.next_backward) >= rank.may_keep) return -1;
+    const PipelineAction& a = order[next];
+    int64_t needs = 0;
+    if (a.forward && a.stage > 0) needs = done({.forward = true, .micro = a.micro, .stage = a.stage - 1});
+    if (!a.forward && a.stage < num_stages_ - 1) needs = done({.forward = false, .micro = a.micro, .stage = a.stage + 1});
+    if (!a.forward && a.stage == num_stages_ - 1) needs = done({.forward = true, .micro = a.micro, .stage = a.stage});
+    return needs < 0 ? -1 : std::max(needs, rank.free_at);
+  }
+
+  void begin(int64_t r, bool forward, int64_t time) {
+    Rank& rank = ranks_[static_cast<size_t>(r)];
+    const PipelineAction a = forward ? rank.forwards[rank.next_forward++] : rank.backwards[rank.next_backward++];
+    rank.free_at = done(a) = time + (forward ? 1 : 2);
+    rank.taken.push_back(a);
+  }
+
+  int64_t num_ranks_, num_stages_, num_micro_;
+  std::vector<Rank> ranks_;
+  std::vector<int64_t> done_;  // when a pass ends; -1: not begun
+};
+
+// What goes from one rank to another, in the order in which it is sent: what a stage gives the next one, and the gradients that go back.
+std::vector<PipelineAction> sent(const std::vector<PipelineAction>& actions, int64_t num_ranks, int64_t num_stages, int64_t to) {
+  std::vector<PipelineAction> out;
+  for (const PipelineAction& a : actions) {
+    const int64_t stage = a.forward ? a.stage + 1 : a.stage - 1;
+    if (stage >= 0 && stage < num_stages && stage % num_ranks == to) out.push_back(a);
+  }
+  return out;
+}
+
+class PipelineRun {
+ public:
+  PipelineRun(Model& model, const std::vector<Batch>& micro_batches, const Denominators& over)
+      : model_(model), groups_(*model.store().ranks()), num_ranks_(groups_.mesh().pp), num_stages_(model.plan().num_stages), rank_(groups_.place().pp) {
+    for (const Batch& batch : micro_batches) micro_.push_back({.passage = model.micro_batch(batch, over, /*training=*/true)});
+    schedule_ = pipeline_schedule(num_ranks_, num_stages_, static_cast<int64_t>(micro_batches.size()));
+    for (int64_t r = 0; r < num_ranks_; ++r) {
+      const auto order = sent(schedule_[static_cast<size_t>(r)], num_ranks_, num_stages_, rank_);
+      coming_.emplace_back(order.begin(), order.end());
+    }
+  }
+
+  void run(const std::function<void(const LossResult&)>& result) {
+    for (const PipelineAction& a : schedule_[static_cast<size_t>(rank_)]) a.forward ? forward(a, result) : backward(a);
+    if (rank_ != (num_stages_ - 1) % num_ranks_)
+      for (const Micro& micro : micro_) result(Model::report(*micro.passage));
+    for (const FlightPtr& flight : leaving_) flight->wait();
+  }
+
+ private:
+  struct Micro {
+    MicroBatchPtr passage;
+    std::map<int64_t, at::Tensor> in = {}, out = {};  // by stage, between its forward and backward pass
+  };
+  struct Arriving {
+    at::Tensor tensor;
+    FlightPtr flight;
+  };
+
+  void place(const PipelineAction& a, const char* what) {
+    groups_.whereabouts().place = fmt::format("{} {} pass of stage {}, micro-batch {}", what, a.forward ? "the forward" : "the backward", a.stage, a.micro);
+  }
+
+  void send(const PipelineAction& a, const at::Tensor& x, int64_t to) {
+    if (x.numel() == 0) return;
+    place(a, "after");
+    leaving_.push_back(groups_.pipe()->start_send(x.detach().contiguous(), to));
+  }
+
+  // Receives from a rank in the order in which it sends, until what is asked for is there.
+  at::Tensor receive(const PipelineAction& a, int64_t from) {
+    const auto key = std::pair{a.forward, std::pair{a.micro, a.stage}};
+    auto& queue = coming_[static_cast<size_t>(from)];
+    place(a, "waiting for");
+    while (!arriving_.contains(key)) {
+      const PipelineAction next = queue.front();
+      queue.pop_front();
+      const MicroBatch& micro = *micro_[static_cast<size_t>(next.micro)].passage;
+      Arriving arriving{.tensor = at::empty({micro.tokens.shard().num_tokens(), model_.plan().env.hidden_size}, at::TensorOptions(model_.residual_dtype()).device(model_.store().device()))};
+      if (arriving.tensor.numel() > 0) arriving.flight = groups_.pipe()->start_receive(arriving.tensor, from);
+      arriving_.emplace(std::pair{next.forward, std::pair{next.micro, next.stage}}, std::move(arriving));
+    }
+    auto taken = arriving_.extract(key);
+    if (taken.mapped().flight) taken.mapped().flight->wait();
+    return taken.mapped().tensor;
+  }
+
+  void forward(const PipelineAction& a, const std::function<void(const LossResult&)>& result) {
+    Micro& micro = micro_[static_cast<size_t>(a.micro)];
+    const at::AutoGradMode grad_mode(true);
+    at::Tensor x_nd;
+    if (a.stage > 0) {
+      x_nd = receive({.forward = true, .micro = a.micro, .stage = a.stage - 1}, (a.stage - 1) % num_ranks_);
+      micro.in[a.stage] = x_nd.set_requires_grad(true);
+    } else {
+      x_nd = model_.embed(micro.passage);
+    }
+    x_nd = model_.run_stage(micro.passage, a.stage, x_nd);
+    if (a.stage < num_stages_ - 1) {
+      micro.out[a.stage] = x_nd;
+      return send(a, x_nd, (a.stage + 1) % num_ranks_);
+    }
+    const LossResult losses = model_.predict(micro.passage, x_nd);
+    micro.out[a.stage] = losses.total;
+    result(losses);
+  }
+
+  void backward(const PipelineAction& a) {
+    Micro& micro = micro_[static_cast<size_t>(a.micro)];
+    const bool last = a.stage == num_stages_ - 1;
+    const at::Tensor gradient = last ? at::Tensor() : receive({.forward = false, .micro = a.micro, .stage = a.stage + 1}, (a.stage + 1) % num_ranks_);
+    const at::Tensor out = micro.out.extract(a.stage).mapped();
+    if (out.requires_grad()) torch::autograd::backward({out}, last ? std::vector<at::Tensor>{} : std::vector<at::Tensor>{gradient});
+    if (a.stage > 0) send(a, micro.in.extract(a.stage).mapped().grad(), (a.stage - 1) % num_ranks_);
+  }
+
+  Model& model_;
+  const MeshGroups& groups_;
+  int64_t num_ranks_, num_stages_, rank_;
+  std::vector<Micro> micro_;
+  std::vector<std::vector<PipelineAction>> schedule_;
+  std::vector<std::deque<PipelineAction>> coming_;  // from each rank, not yet asked for
+  std::map<std::pair<bool, std::pair<int64_t, int64_t>>, Arriving> arriving_;
+  std::vector<FlightPtr> leaving_;
+};
+
+}  // namespace
+
+std::vector<std::vector<PipelineAction>> pipeline_schedule(int64_t num_ranks, int64_t num_stages, int64_t num_micro) {
+  return Simulation(num_ranks, num_stages, num_micro).run();
+}
+
+double pipeline_bubble(const std::vector<std::vector<PipelineAction>>& schedule) {
+  // Played again: an action begins when its rank and what it needs are done.
+  std::map<std::array<int64_t, 3>, double> done;
+  std::vector<size_t> next(schedule.size(), 0);
+  std::vector<double> free_at(schedule.size(), 0);
+  int64_t num_stages = 0;
+  size_t left = 0;
+  for (const auto& actions : schedule) {
+    left += actions.size();
+    for (const PipelineAction& a : actions) num_stages = std::max(num_stages, a.stage + 1);
+  }
+  double work = 0;
+  while (left > 0)
+    for (size_t r = 0; r < schedule.size(); ++r) {
+      if (next[r] == schedule[r].size()) continue;
+      const PipelineAction& a = schedule[r][next[r]];
+      double from = free_at[r];
+      if (a.forward ? a.stage > 0 : true) {
+        const auto needs = a.forward ? std::array<int64_t, 3>{1, a.micro, a.stage - 1}
+                                     : a.stage == num_stages - 1 ? std::array<int64_t, 3>{1, a.micro, a.stage} : std::array<int64_t, 3>{0, a.micro, a.stage + 1};
+        const auto found = done.find(needs);
+        if (found == done.end()) continue;
+        from = std::max(from, found->second);
+      }
+      const double takes = a.forward ? 1 : 2;
+      done[{a.forward ? 1 : 0, a.micro, a.stage}] = free_at[r] = from + takes;
+      work += takes;
+      ++next[r];
+      --left;
+    }
+  const double total = *std::max_element(free_at.begin(), free_at.end()) * static_cast<double>(schedule.size());
+  return total > 0 ? 1 - work / total : 0;
+}
+
+at::Tensor stage_by_stage(Model& model, const MicroBatchPtr& micro) {
+  const at::NoGradGuard no_grad;
+  const MeshGroups* ranks = model.store().ranks();
+  const int64_t stages = model.plan().num_stages, num_ranks = ranks ? ranks->mesh().pp : 1, rank = ranks ? ranks->place().pp : 0;
+  const int64_t n = micro->tokens.shard().num_tokens();
+  at::Tensor x_nd;
+  FlightPtr leaving;
+  for (int64_t stage = 0; stage < stages; ++stage) {
+    if (stage % num_ranks != rank) continue;
+    if (stage == 0) x_nd = model.embed(micro);
+    else if (num_ranks > 1) {
+      x_nd = at::empty({n, model.plan().env.hidden_size}, at::TensorOptions(model.residual_dtype()).device(model.store().device()));
+      if (n > 0) ranks->pipe()->start_receive(x_nd, (stage - 1) % num_ranks)->wait();
+    }
+    x_nd = model.run_stage(micro, stage, x_nd).contiguous();
+    if (leaving) leaving->wait();
+    if (stage == stages - 1) return model.token_losses(micro, x_nd);
+    if (num_ranks > 1 && n > 0) leaving = ranks->pipe()->start_send(x_nd, (stage + 1) % num_ranks);
+  }
+  if (leaving) leaving->wait();
+  return {};
+}
+
+void run_pipeline(Model& model, const std::vector<Batch>& micro_batches, const Denominators& over, const std::function<void(const LossResult&)>& result) {
+  PipelineRun(model, micro_batches, over).run(result);
+}
+
+}  // namespace tessera
