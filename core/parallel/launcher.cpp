@@ -159,6 +159,7 @@ class Launcher {
       ::prctl(PR_SET_PDEATHSIG, SIGKILL);
       if (::getppid() != launcher) ::_exit(127);
       ::setpgid(0, 0);  // a terminal's signals reach the launcher alone
+      ::signal(SIGTTOU, SIG_IGN);  // though in the background, rank 0 writes
       ::dup2(ends[1], STDERR_FILENO);
       if (number != 0) {
         const int null = ::open("/dev/null", O_RDWR);

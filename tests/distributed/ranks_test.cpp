@@ -125,6 +125,7 @@ TEST_F(Ranks, OneIsKilledWhileTheOthersCompute) {
 }
 
 TEST_F(Ranks, OneIsStopped) {
+  if (!std::getenv("TESSERA_TEST_ALL")) GTEST_SKIP() << "waits until silence counts: ./tessera test --all";
   start_all(2, {"at=1", "do=stop"});
   const auto ends = finish(/*left=*/1);
   EXPECT_EQ(ends[0].code, 5);
@@ -132,7 +133,7 @@ TEST_F(Ranks, OneIsStopped) {
 }
 
 TEST_F(Ranks, OneHangs) {
-  start_all(3, {"at=1", "do=hang", "timeout=4000"});
+  start_all(3, {"at=1", "do=hang", "timeout=2000"});
   const auto ends = finish();
   for (const Finished& end : ends) EXPECT_EQ(end.code, 5);
   EXPECT_TRUE(has(ends[0].err, "error: all_reduce over world (ranks 0, 1, 2) in layers.3 (moe), forward, number 5: ")) << ends[0].err;
