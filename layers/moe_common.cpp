@@ -17,7 +17,7 @@ namespace tessera {
 namespace {
 
 constexpr auto kBias = "gate.e_score_correction_bias";
-constexpr auto kLoad = "expert_load";
+constexpr auto kLoad = "expert_load";  // Context::count
 
 }  // namespace
 
@@ -99,6 +99,28 @@ ParamTable moe_params(const MoeConfig& c, const Env& env, int64_t router_width, 
 }
 
 BufferTable moe_buffers(const MoeConfig& c) { return {{.name = kBias, .shape = {c.num_experts}}}; }
+
+ExchangeTable moe_exchanges(const MoeConfig& c, const Env& env, int64_t expert_width) {
+  using X = Exchange;
+  const auto E = c.num_experts, D = env.hidden_size, etp = env.mesh.etp, rows = c.top_k * etp;
+  ExchangeTable table{{.name = kLoad, .over = X::Over::kStage, .per = X::Per::kStep, .elements = E, .bytes = 4}};
+  if (c.z_loss_coeff > 0) table.push_back({.name = "z", .over = X::Over::kStage, .per = X::Per::kLoss, .elements = 1, .bytes = 8});
+  if (c.aux_loss_coeff > 0) {
+    table.push_back({.name = "seq_aux", .over = X::Over::kStage, .per = X::Per::kLoss, .elements = 1, .bytes = 8});
+    table.push_back({.name = "number of documents", .over = X::Over::kSequence, .per = X::Per::kCall, .elements = 1, .bytes = 8, .backward = false});
+    table.push_back({.name = "load of documents", .over = X::Over::kSequence, .per = X::Per::kDocument, .elements = E + 1, .bytes = 4, .backward = false});
+  }
+  if (env.mesh.ep * etp > 1) {
+    table.push_back({.name = "rows of experts", .over = X::Over::kExperts, .form = X::Form::kSend, .per = X::Per::kCall, .elements = E * etp, .bytes = 8, .backward = false, .again = false});
+    table.push_back({.name = "rows to experts", .over = X::Over::kExperts, .form = X::Form::kSend, .elements = rows * expert_width});
+    table.push_back({.name = "rows from experts", .over = X::Over::kExperts, .form = X::Form::kSend, .elements = rows * expert_width});
+  }
+  if (c.shared_intermediate_size > 0 && env.mesh.tp > 1) {
+    table.push_back({.name = "tokens to shared experts", .form = X::Form::kGather, .elements = D});
+    table.push_back({.name = "sums of shared experts", .form = X::Form::kScatter, .elements = D});
+  }
+  return table;
+}
 
 Cost moe_cost(const MoeConfig& c, const Env& env, double num_tokens, int64_t router_width, int64_t expert_width) {
   const double N = num_tokens, D = env.hidden_size, R = router_width, W = expert_width, E = c.num_experts, k = c.top_k;

@@ -53,6 +53,7 @@ HfTable moe_hf();
 void check_moe(const MoeConfig& config, const Env& env, Issues& issues);
 ParamTable moe_params(const MoeConfig& config, const Env& env, int64_t router_width, int64_t expert_width);
 BufferTable moe_buffers(const MoeConfig& config);
+ExchangeTable moe_exchanges(const MoeConfig& config, const Env& env, int64_t expert_width);
 Cost moe_cost(const MoeConfig& config, const Env& env, double num_tokens, int64_t router_width, int64_t expert_width);
 // Moves the router's bias towards balance by the global batch's "expert_load".
 void moe_after_step(const MoeConfig& config, Buffers& buffers, const Counts& counts);

@@ -96,6 +96,13 @@ class Gqa final : public Block {
             {.name = "v", .shape = shape, .per = State::Per::kToken, .shards = {{Axis::kTensor, 0}}}};
   }
 
+  static ExchangeTable exchanges(const Config& c, const Env& env) {
+    if (env.mesh.cp == 1) return {};
+    const int64_t kv_heads = std::max<int64_t>(1, c.num_kv_heads / env.mesh.tp);
+    return {{.name = "keys and values", .over = Exchange::Over::kContext, .form = Exchange::Form::kGather, .elements = 2 * kv_heads * c.head_dim,
+             .reach = c.sliding_window > 0 ? c.sliding_window - 1 : -1}};
+  }
+
   // Mixing counts the scores that causality keeps, T (T + 1) / 2 a document: the useful work. The reference composition forms the full
   // square of T^2 and masks it. A window w < T keeps w (w + 1) / 2 + (T - w) w.
   static Cost cost(const Config& c, const Env& env, const Documents& documents) {

@@ -66,6 +66,8 @@ class LatentMoe final : public Block {
 
   static BufferTable buffers(const Config& c, const Env& env) { return moe_buffers(matched(c, env)); }
 
+  static ExchangeTable exchanges(const Config& c, const Env& env) { return moe_exchanges(matched(c, env), env, c.latent_size); }
+
   static Cost cost(const Config& c, const Env& env, const Documents& documents) {
     const double N = static_cast<double>(num_tokens(documents)), D = env.hidden_size, L = c.latent_size;
     auto cost = moe_cost(matched(c, env), env, N, router_width(c, env), c.latent_size);

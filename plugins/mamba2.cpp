@@ -104,6 +104,19 @@ class Mamba2 final : public Block {
     return table;
   }
 
+  // Over context ranks the ends of pieces and their states; over the ranks that share a group of the output norm its sum of squares.
+  static ExchangeTable exchanges(const Config& c, const Env& env) {
+    const int64_t tp = env.mesh.tp, H = c.num_heads / tp, G = std::max<int64_t>(1, c.num_groups / tp), I = H * c.head_dim, S = c.state_size;
+    using X = Exchange;
+    ExchangeTable table;
+    if (env.mesh.cp > 1) {
+      if (c.conv_width > 1) table.push_back({.name = "convolution halo", .over = X::Over::kContext, .form = X::Form::kGather, .elements = I + 2 * G * S, .reach = c.conv_width - 1});
+      table.push_back({.name = "scan summaries", .over = X::Over::kContext, .form = X::Form::kGather, .per = X::Per::kCall, .elements = 2 * (I * S + H), .bytes = 4});
+    }
+    if (tp > c.num_groups) table.push_back({.name = "gated norm", .over = X::Over::kTensorPart, .form = X::Form::kSum, .elements = 1, .bytes = 4, .part = tp / c.num_groups});
+    return table;
+  }
+
   // Mixing is what the reference scan's products take: chunks of min(chunk, longest document), the last of a document padded.
   static Cost cost(const Config& c, const Env& env, const Documents& documents) {
     const double N = num_tokens(documents), D = env.hidden_size, H = c.num_heads, I = H * c.head_dim, GS = c.num_groups * c.state_size, C = I + 2 * GS;

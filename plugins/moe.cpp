@@ -32,6 +32,7 @@ class Moe final : public Block {
   static void check(const Config& c, const Env& env, Issues& issues) { check_moe(c, env, issues); }
   static ParamTable params(const Config& c, const Env& env) { return moe_params(c, env, env.hidden_size, env.hidden_size); }
   static BufferTable buffers(const Config& c, const Env&) { return moe_buffers(c); }
+  static ExchangeTable exchanges(const Config& c, const Env& env) { return moe_exchanges(c, env, env.hidden_size); }
   static Cost cost(const Config& c, const Env& env, const Documents& documents) {
     return moe_cost(c, env, static_cast<double>(num_tokens(documents)), env.hidden_size, env.hidden_size);
   }

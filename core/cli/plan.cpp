@@ -3,12 +3,14 @@
 
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <cstdio>
 #include <iostream>
 #include <nlohmann/json.hpp>
 
 #include "cli/verbs.hpp"
 #include "plan/memory.hpp"
+#include "plan/traffic.hpp"
 
 namespace tessera {
 
@@ -50,7 +52,32 @@ json layer_json(const LayerPlan& layer, const Mesh& mesh) {
           {"stage", layer.stage}, {"weights_of", layer.weights_of}, {"elements", layer_elements(layer)}, {"params", params}};
 }
 
-json to_json(const ModelPlan& plan, const Config& config, const Mesh& mesh, const MemoryPlan& memory, const Documents& documents) {
+// What a layout costs its ranks, by pipeline rank.
+struct LayoutCost {
+  std::vector<MemoryPlan> memory;
+  std::vector<Traffic> traffic;
+  // The pipeline ranks that hold and send most.
+  const MemoryPlan& fullest() const {
+    return *std::max_element(memory.begin(), memory.end(), [](const MemoryPlan& a, const MemoryPlan& b) { return a.total() < b.total(); });
+  }
+  size_t busiest() const {
+    return static_cast<size_t>(std::max_element(traffic.begin(), traffic.end(), [](const Traffic& a, const Traffic& b) { return a.bytes() < b.bytes(); }) - traffic.begin());
+  }
+};
+
+json memory_json(const MemoryPlan& memory) {
+  return {{"parameters", memory.parameters}, {"gradients", memory.gradients}, {"optimizer", memory.optimizer}, {"compute_copies", memory.compute},
+          {"gathered", memory.gathered}, {"activations", memory.activations}, {"total", memory.total()}};
+}
+
+json traffic_json(const Traffic& traffic, const Mesh& mesh) {
+  json rows = json::array();
+  for (const TrafficRow& row : traffic.rows)
+    rows.push_back({{"group", row.group}, {"collective", row.collective}, {"axis", axis_of(row.group, mesh)}, {"calls", row.calls}, {"bytes", row.bytes}, {"estimate", row.estimate}});
+  return {{"bytes", traffic.bytes()}, {"by_axis", by_axis(traffic.by_group(), mesh)}, {"rows", rows}};
+}
+
+json to_json(const ModelPlan& plan, const Config& config, const Mesh& mesh, const LayoutCost& layout, const Documents& documents) {
   const Totals sum = totals(plan);
   json out{{"pattern", plan.pattern.text}, {"dialect", plan.model.dialect}, {"totals", {{"elements", sum.elements}, {"tensors", sum.tensors}, {"trained", sum.trained}}}};
   for (const Binding& binding : config.bindings) out["legend"][std::string(1, binding.symbol)] = binding.name;
@@ -62,8 +89,10 @@ json to_json(const ModelPlan& plan, const Config& config, const Mesh& mesh, cons
   const double n = static_cast<double>(num_tokens(documents));
   for (const CostRow& row : cost_rows(plan, documents))
     out["flops_per_token"][row.name] = {{"layers", row.num_layers}, {"matmul", row.cost.matmul / n}, {"mixing", row.cost.mixing / n}};
-  out["memory_per_rank"] = {{"parameters", memory.parameters}, {"gradients", memory.gradients}, {"optimizer", memory.optimizer},
-                            {"compute_copies", memory.compute}, {"activations", memory.activations}, {"total", memory.total()}};
+  out["memory_per_rank"] = memory_json(layout.fullest());
+  out["sent_per_step"] = traffic_json(layout.traffic[layout.busiest()], mesh);
+  for (size_t pp = 0; pp < layout.memory.size(); ++pp)
+    out["pipeline_ranks"].push_back({{"memory", memory_json(layout.memory[pp])}, {"sent_per_step", traffic_json(layout.traffic[pp], mesh)}});
   out["ranks"] = mesh.size();
   return out;
 }
@@ -77,7 +106,18 @@ void print_layers(const std::vector<LayerPlan>& layers) {
   }
 }
 
-void print(const ModelPlan& plan, const Config& config, const Mesh& mesh, const MemoryPlan& memory, const Documents& documents) {
+void print_traffic(const LayoutCost& layout, const Mesh& mesh) {
+  const Traffic& traffic = layout.traffic[layout.busiest()];
+  fmt::print("\nsent by a rank in a step{}: {}\n", mesh.pp > 1 ? fmt::format(", of pipeline rank {} which sends most", layout.busiest()) : "", bytes(static_cast<double>(traffic.bytes())));
+  for (const auto& [axis, sum] : by_axis(traffic.by_group(), mesh)) {
+    fmt::print("  {:<14} {:>12}\n", axis, bytes(static_cast<double>(sum)));
+    for (const TrafficRow& row : traffic.rows)
+      if (axis_of(row.group, mesh) == axis)
+        fmt::print("    {:<24} {:<15} {:>6} x  {:>12}{}\n", row.group, row.collective, row.calls, bytes(static_cast<double>(row.bytes)), row.estimate ? "  at even routing" : "");
+  }
+}
+
+void print(const ModelPlan& plan, const Config& config, const Mesh& mesh, const LayoutCost& layout, const Documents& documents) {
   fmt::print("pattern   {}   (dialect {})\nlegend   ", plan.pattern.text, plan.model.dialect);
   for (const Binding& binding : config.bindings) fmt::print(" {} = {}{}", binding.symbol, binding.name, binding.shared ? " (shared)" : "");
   if (config.head) fmt::print("  / = {}", config.head->name);
@@ -101,10 +141,13 @@ void print(const ModelPlan& plan, const Config& config, const Mesh& mesh, const 
       fmt::print("  {:<14} {:>3} x  {:>12.4g}  {:>5.1f} %  (matrix products with weights {:.4g}, mixing {:.4g})\n", row.name, row.num_layers, row.cost.flops() / n,
                  100 * row.cost.flops() / all, row.cost.matmul / n, row.cost.mixing / n);
   fmt::print("  {:<14}        {:>12.4g}\n\n", "sum", all / n);
-  fmt::print("memory a rank, {} rank{}: {}\n", mesh.size(), mesh.size() > 1 ? "s" : "", bytes(memory.total()));
+  const MemoryPlan& memory = layout.fullest();
+  fmt::print("memory a rank, {} rank{}{}: {}\n", mesh.size(), mesh.size() > 1 ? "s" : "",
+             mesh.pp > 1 ? fmt::format(", of pipeline rank {} which holds most", memory.stage) : "", bytes(memory.total()));
   for (const auto& [name, value] : {std::pair<const char*, double>{"parameters", memory.parameters}, {"gradients", memory.gradients}, {"optimizer", memory.optimizer},
-                                    {"compute copies", memory.compute}, {"activations", memory.activations}})
+                                    {"compute copies", memory.compute}, {"gathered", memory.gathered}, {"activations", memory.activations}})
     fmt::print("  {:<14} {:>12}\n", name, bytes(value));
+  if (mesh.size() > 1) print_traffic(layout, mesh);
 }
 
 }  // namespace
@@ -116,7 +159,7 @@ void add_plan(CLI::App& app, Run& run) {
     bool json = false;
   };
   auto o = std::make_shared<Options>();
-  CLI::App* verb = app.add_subcommand("plan", "what a configuration means: layers, parameters, FLOPs, memory a rank; allocates nothing");
+  CLI::App* verb = app.add_subcommand("plan", "what a configuration means: layers, parameters, FLOPs, memory and traffic of a rank; allocates nothing");
   verb->add_option("CONFIG", o->config, "a TOML file")->required();
   verb->add_option("--mesh", o->mesh, "axis=degree,...: pp, dp_replicate, dp_shard, cp, tp, ep, etp");
   verb->add_flag("--json", o->json, "one JSON document on stdout");
@@ -130,9 +173,9 @@ void add_plan(CLI::App& app, Run& run) {
       issues.raise();
       const ModelPlan plan = make_plan(loaded.config, mesh);
       const Documents documents{{.length = loaded.config.training.seq_len, .count = loaded.config.training.local_batch_size}};
-      const MemoryPlan memory = plan_memory(plan, loaded.config, mesh);
-      if (o->json) std::cout << to_json(plan, loaded.config, mesh, memory, documents).dump(1) << "\n";
-      else print(plan, loaded.config, mesh, memory, documents);
+      const LayoutCost layout{.memory = plan_stage_memory(plan, loaded.config, mesh), .traffic = plan_traffic(plan, loaded.config, mesh)};
+      if (o->json) std::cout << to_json(plan, loaded.config, mesh, layout, documents).dump(1) << "\n";
+      else print(plan, loaded.config, mesh, layout, documents);
       return 0;
     };
   });

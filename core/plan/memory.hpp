@@ -1,19 +1,47 @@
 // Memory of one rank, from the plan's rows alone.
 #pragma once
+#include "parallel/mesh_groups.hpp"
 #include "plan/plan.hpp"
 
 namespace tessera {
 
-// Bytes on the rank that holds most.
+// One flat buffer of a rank as the store lays it out: the parameters of a unit that are reduced, computed and decayed alike.
+struct PlannedBuffer {
+  std::string unit;
+  bool experts = false, fp32 = false, decay = false, trainable = true;
+  int64_t length = 0;  // elements of the whole buffer, padding included
+  int64_t ranks = 1;   // that share it in equal parts
+  int64_t own() const { return length / ranks; }
+  int64_t element_bytes(bool bf16) const { return bf16 && !fp32 ? 2 : 4; }  // of what is computed with
+  // Of the own part: what other ranks hold alike.
+  struct Shared {
+    std::string group;
+    int64_t ranks = 1, elements = 0;
+  };
+  std::vector<Shared> shared;
+};
+std::vector<PlannedBuffer> plan_buffers(const ModelPlan& plan, const std::vector<std::string>& freeze, const Mesh& mesh, const Place& place);
+
+// Bytes of a rank.
 struct MemoryPlan {
+  int64_t stage = 0;       // pipeline rank
   double parameters = 0;   // fp32 masters and buffers
   double gradients = 0;    // fp32
   double optimizer = 0;    // two fp32 moments
   double compute = 0;      // copies in the compute dtype; 0 in fp32
-  double activations = 0;  // of one micro-batch, recomputed layers counted by their input; with what is kept of freed ones
-  double total() const { return parameters + gradients + optimizer + compute + activations; }
+  double gathered = 0;     // of buffers that ranks share: the two largest layers, embedding and output, and one layer's gradient on its way
+  double activations = 0;  // of the micro-batches in flight, recomputed layers counted by their input; with what is kept of freed blocks
+  double total() const { return parameters + gradients + optimizer + compute + gathered + activations; }
 };
+// By pipeline rank. Within a stage every rank allocates the same: parameters, gradients, optimizer and copies to the byte, the rest by the declared costs.
+std::vector<MemoryPlan> plan_stage_memory(const ModelPlan& plan, const Config& config, const Mesh& mesh);
+// Of the pipeline rank that holds most.
 MemoryPlan plan_memory(const ModelPlan& plan, const Config& config, const Mesh& mesh);
+
+// Whether the layers of a binding are computed again in the backward pass.
+bool recomputed(const Config& config, const std::string& binding);
+// Of a data rank in an optimizer step, local_batch_size rows each.
+int64_t num_micro_batches(const Config& config, const Mesh& mesh);
 
 // To be asked before anything is allocated. Throws Error(kRuntime) with the numbers where this machine's memory is less than what the tensors in
 // fp32 take and, with `training`, gradients, moments, the tokens of a step and each layer's input: what no recomputation spares.

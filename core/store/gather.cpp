@@ -65,7 +65,7 @@ class Lease {
 // What one layer's forward pass gave back, and the layer before it: in a backward pass the next one.
 struct Leases {
   std::vector<LeasePtr> list;
-  std::shared_ptr<Leases> before;
+  std::weak_ptr<Leases> before;  // gone where that layer's backward pass has run
 };
 
 // As autograd keeps them.
@@ -92,7 +92,7 @@ struct GatherFunction : public torch::autograd::Function<GatherFunction> {
     auto* group = reinterpret_cast<FlatGroup*>(group_address);
     ctx->saved_data["store"] = store;
     ctx->saved_data["group"] = group_address;
-    if (lease) ctx->saved_data["lease"] = kept(std::make_shared<Leases>(Leases{.list = {lease}, .before = nullptr}));
+    if (lease) ctx->saved_data["lease"] = kept(std::make_shared<Leases>(Leases{.list = {lease}, .before = {}}));
     ctx->set_materialize_grads(false);
     torch::autograd::variable_list views;
     at::AutoDispatchBelowADInplaceOrView plain;  // the outputs are no tracked views of the leaf
@@ -122,8 +122,8 @@ struct Refill : public torch::autograd::Function<Refill> {
     reinterpret_cast<Whereabouts*>(ctx->saved_data["whereabouts"].toInt())->place = ctx->saved_data["where"].toStringRef() + ", backward";
     const Leases& leases = leases_of(ctx->saved_data["leases"]);
     for (const LeasePtr& lease : leases.list) lease->full();
-    if (leases.before)
-      for (const LeasePtr& lease : leases.before->list) lease->start();
+    if (const auto before = leases.before.lock())
+      for (const LeasePtr& lease : before->list) lease->start();
     return {grads[0], at::Tensor(), at::Tensor(), at::Tensor()};
   }
 };

@@ -14,6 +14,7 @@
 #include <cmath>
 #include <nlohmann/json.hpp>
 
+#include "plan/traffic.hpp"
 #include "train/pipeline.hpp"
 
 namespace tessera {
@@ -109,7 +110,7 @@ void sum_over_ranks(const MeshGroups& ranks, at::Device device, StepResult& resu
       for (auto& [name, count] : counts) ranks.stage()->all_reduce(count = count.contiguous());
   }
   if (!ranks.pipe()) return;
-  constexpr int64_t kBytes = 1 << 14;
+  constexpr int64_t kBytes = kLossReportBytes;
   const nlohmann::json own{{"loss", result.loss}, {"total", result.total_loss}, {"parts", result.parts}};
   const std::vector<uint8_t> bytes = nlohmann::json::to_cbor(own);
   if (static_cast<int64_t>(bytes.size()) > kBytes) throw Error(ExitCode::kRuntime, fmt::format("{} losses with names do not fit into {} bytes", result.parts.size(), kBytes));

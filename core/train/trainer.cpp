@@ -18,6 +18,7 @@
 #include "data/loader.hpp"
 #include "hf/convert.hpp"
 #include "metrics/events.hpp"
+#include "metrics/exchange_metrics.hpp"
 #include "metrics/machine.hpp"
 #include "metrics/metrics_file.hpp"
 #include "metrics/progress.hpp"
@@ -185,8 +186,11 @@ class Run {
     const bool live = isatty(STDERR_FILENO);
     const double began = seconds();
     const int64_t first_step = step_;
+    std::optional<ExchangeMetrics> exchanges;
+    if (ranks_ && ranks_->all()) exchanges.emplace(*ranks_, device_);
     while (step_ < config_.training.steps) {
       const double start = seconds();
+      if (exchanges) exchanges->begin();
       const std::vector<Batch> batches = next_batches();
       const double lr = learning_rate(config_.optimizer, config_.lr_scheduler, step_, config_.training.steps);
       StepResult result;
@@ -204,6 +208,7 @@ class Run {
                 {"peak_bytes", peak_memory_bytes()}};
       for (const auto& [name, part] : result.parts) line[name] = part;
       if (!result.finite) line["skipped"] = true;
+      if (exchanges) exchanges->end(line, elapsed);
       const int64_t detail = config_.metrics.detail_interval;
       if (detail > 0 && step_ % detail == 0) add_details(line, result, batches);
       const bool last = step_ == config_.training.steps;

@@ -118,5 +118,32 @@ TEST(Plan, MemoryIsWhatTheStoreAllocates) {
   }
 }
 
+TEST(Plan, MemoryOfAStageCountsItsMicroBatchesInFlight) {
+  const Mesh mesh{.pp = 2};
+  const Config config = parse_config(text("E|E", "[training]\nseq_len = 10\nglobal_batch_size = 8\ndtype = \"float32\"\n"), "test.toml", {}, plugins());
+  const auto stages = plan_stage_memory(make_plan(config, mesh), config, mesh);
+  const double residual = 10 * 16, layer = 10 * (16 + 2 * 12) + 2 * residual;
+  ASSERT_EQ(stages.size(), 2);
+  EXPECT_DOUBLE_EQ(stages[0].activations, 1.25 * 4 * 2 * (residual + layer));
+  EXPECT_DOUBLE_EQ(stages[1].activations, 1.25 * 4 * (layer + 2 * residual));
+  EXPECT_EQ(stages[0].gathered, 0);
+}
+
+TEST(Plan, MemoryIsDividedByWhatDividesIt) {
+  const auto of = [](const Mesh& mesh, const std::vector<std::string>& sets = {}) {
+    const Config config = parse_config(text("EE"), "test.toml", sets, plugins());
+    return plan_memory(make_plan(config, mesh), config, mesh);
+  };
+  const double n = 512, d = 16, f = 12, share = 1.25 * 4;
+  // The block has all tokens of its input on both tensor ranks, half of what is inside it, and half of the residual stream; the output has all tokens.
+  EXPECT_DOUBLE_EQ(of({.tp = 2}).activations, share * (n * d / 2 + 2 * (n * d + n * f + n * d) + 2 * n * d));
+  EXPECT_DOUBLE_EQ(of({.dp_shard = 4}).activations, of({}).activations);
+  EXPECT_EQ(of({.dp_replicate = 4}).gathered, 0);
+  const MemoryPlan sharded = of({.dp_shard = 4}), kept = of({.dp_shard = 4}, {"parallelism.reshard_after_forward=false"});
+  EXPECT_DOUBLE_EQ(sharded.optimizer, 2 * sharded.gradients);
+  EXPECT_GT(sharded.gathered, 0);
+  EXPECT_EQ(kept.gathered, sharded.gathered) << "two layers are all there are";
+}
+
 }  // namespace
 }  // namespace tessera

@@ -10,6 +10,7 @@
 //     static BufferTable buffers(const Config&, const Env&);             // optional
 //     static StateTable state(const Config&, const Env&);                // optional
 //     static Cost cost(const Config&, const Env&, const Documents&);
+//     static ExchangeTable exchanges(const Config&, const Env&);         // optional: with which ranks of env.mesh it exchanges what, by itself
 //     static HfTable hf();                                               // optional: HF words and keys beyond the schema's
 //     static void after_step(const Config&, Buffers&, const Counts&);        // optional: once an optimizer step
 //     Mixer(const Config&, const Env&);                                  // sizes only
@@ -28,6 +29,7 @@
 #include "tessera/context.hpp"
 #include "tessera/env.hpp"
 #include "tessera/error.hpp"
+#include "tessera/exchange.hpp"
 #include "tessera/schema.hpp"
 #include "tessera/tables.hpp"
 #include "tessera/weights.hpp"
@@ -133,6 +135,7 @@ class BlockType : public ElementType {
   virtual bool has_after_step() const = 0;
   virtual void after_step(const ConfigPtr&, Buffers&, const Counts&) const = 0;
   virtual std::unique_ptr<Block> make(const ConfigPtr&, const Env&) const = 0;
+  virtual ExchangeTable exchanges(const ConfigPtr&, const Env&) const = 0;
 };
 
 class HeadType : public ElementType {

@@ -73,6 +73,10 @@ class BlockTypeOf final : public ElementTypeOf<T, BlockType> {
     if constexpr (requires { T::state(Base::config(c), env); }) return T::state(Base::config(c), env);
     else return {};
   }
+  ExchangeTable exchanges(const ConfigPtr& c, const Env& env) const override {
+    if constexpr (requires { T::exchanges(Base::config(c), env); }) return T::exchanges(Base::config(c), env);
+    else return {};
+  }
   bool has_after_step() const override { return kAfterStep; }
   void after_step(const ConfigPtr& c, Buffers& buffers, const Counts& counts) const override {
     if constexpr (kAfterStep) T::after_step(Base::config(c), buffers, counts);
@@ -108,7 +112,7 @@ Manifest* make_manifest() {
 }  // namespace tessera
 
 #define TESSERA_PLUGIN(...)                                                              \
-  extern "C" __attribute__((visibility("default"))) const ::tessera::PluginHead* tessera_plugin_1() { \
+  extern "C" __attribute__((visibility("default"))) const ::tessera::PluginHead* tessera_plugin_2() { \
     static const ::tessera::PluginHead head{.build_key = TESSERA_BUILD_KEY,              \
                                             .make = &::tessera::detail::make_manifest<__VA_ARGS__>}; \
     return &head;                                                                        \
