@@ -97,8 +97,9 @@ class Mamba2 final : public Block {
     return table;
   }
 
-  static StateTable state(const Config& c, const Env&) {
-    const int64_t C = c.num_heads * c.head_dim + 2 * c.num_groups * c.state_size;
+  // A group that several tensor-parallel ranks share is kept by each of them.
+  static StateTable state(const Config& c, const Env& env) {
+    const int64_t C = c.num_heads * c.head_dim + 2 * std::max(c.num_groups, env.mesh.tp) * c.state_size;
     StateTable table{{.name = "ssm", .shape = {c.num_heads, c.head_dim, c.state_size}, .fp32 = true, .shards = {{Axis::kTensor, 0}}}};
     if (c.conv_width > 1) table.push_back({.name = "conv", .shape = {C, c.conv_width - 1}, .shards = {{Axis::kTensor, 0}}});
     return table;

@@ -1,8 +1,13 @@
 #include <fmt/format.h>
 
 #include <charconv>
+#include <torch/csrc/distributed/c10d/Store.hpp>
 
 #include "cli/verbs.hpp"
+#include "parallel/agree.hpp"
+#include "parallel/rendezvous.hpp"
+#include "parallel/watch.hpp"
+#include "tessera/build_key.hpp"
 #include "train/setup.hpp"
 
 namespace tessera {
@@ -19,14 +24,18 @@ Loaded load_with_plugins(const std::string& file, const std::vector<std::string>
   return loaded;
 }
 
-std::unique_ptr<Runnable> open_runnable(const std::string& folder, const std::vector<std::string>& sets) {
+std::unique_ptr<Runnable> open_runnable(const std::string& folder, const std::vector<std::string>& sets, const MeshGroups* ranks) {
   auto checkpoint = open_checkpoint(folder, /*optimizer=*/false);
   auto loaded = load_with_plugins((checkpoint.folder / "config.toml").string(), sets);
-  apply_runtime(loaded.config.training);
+  apply_runtime(loaded.config.training, ranks ? ranks->world().local_size : 1);
+  const Mesh mesh = ranks ? ranks->mesh() : Mesh{};
+  Issues issues;
+  if (ranks) check_config(loaded.config, mesh, issues);
+  issues.raise();
   const at::Device device = choose_device(loaded.config.training.device);
   auto runnable = std::make_unique<Runnable>(Runnable{.registry = std::move(loaded.registry), .checkpoint = std::move(checkpoint), .config = std::move(loaded.config)});
-  runnable->plan = make_plan(runnable->config);
-  runnable->store = std::make_unique<Store>(runnable->plan, device, choose_dtype(runnable->config.training.dtype, device));
+  runnable->plan = make_plan(runnable->config, mesh);
+  runnable->store = std::make_unique<Store>(runnable->plan, device, choose_dtype(runnable->config.training.dtype, device), std::vector<std::string>{}, ranks);
   load_weights(runnable->checkpoint.model, *runnable->store);
   runnable->model = std::make_unique<Model>(runnable->plan, *runnable->store);
   return runnable;
@@ -57,6 +66,30 @@ Mesh parse_mesh(const std::string& text) {
   if (ranks % (mesh.ep * mesh.etp))
     throw Error(ExitCode::kUsage, fmt::format("--mesh: ep x etp = {} must divide dp_shard x cp x tp = {}", mesh.ep * mesh.etp, ranks));
   return mesh;
+}
+
+void add_mesh(CLI::App& verb, std::string& mesh) {
+  verb.add_option("--mesh", mesh, "how the ranks divide the work, under `tessera launch -n N`: axis=degree,... of dp_replicate, dp_shard, pp, cp, tp, ep, etp")->type_name("AXIS=DEGREE,...");
+}
+
+int over_ranks(const std::string& text, const std::function<int(const MeshGroups*)>& work) {
+  const Mesh mesh = parse_mesh(text);
+  const World world = rendezvous(std::chrono::minutes(10));
+  const double ranks = 1.0 * mesh.pp * mesh.dp_replicate * mesh.dp_shard * mesh.cp * mesh.tp;  // may be more than 64 bits hold
+  if (ranks != static_cast<double>(world.size))
+    throw Error(ExitCode::kUsage, fmt::format("--mesh: {} is for {:.0f} ranks, this is one of {}", text.empty() ? "none" : text, ranks, world.size),
+                ranks > 256 ? "give as many ranks as the product of pp, dp_replicate, dp_shard, cp and tp"
+                            : fmt::format("start that many with `tessera launch -n {:.0f}`, or give another --mesh, for example dp_shard={}", ranks, world.size));
+  if (world.size == 1) return work(nullptr);
+  std::unique_ptr<MeshGroups> groups;
+  Watch watch(world);
+  watch.set_mesh(mesh);
+  return watch.run([&] {
+    agree(world, {{"build", TESSERA_VERSION " " TESSERA_BUILD_KEY}, {"mesh", mesh_text(mesh)}});
+    groups = std::make_unique<MeshGroups>(world, mesh);
+    const int code = work(groups.get());
+    return world.rank == 0 ? code : 0;
+  });
 }
 
 }  // namespace tessera

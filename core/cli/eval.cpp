@@ -13,7 +13,7 @@ namespace tessera {
 
 void add_eval(CLI::App& app, Run& run) {
   struct Options {
-    std::string checkpoint;
+    std::string checkpoint, mesh;
     std::vector<std::string> sets;
     int64_t tokens = 0;
     bool json = false;
@@ -23,27 +23,31 @@ void add_eval(CLI::App& app, Run& run) {
   verb->add_option("CHECKPOINT", o->checkpoint, "a run or one of its checkpoints")->required();
   verb->add_option("--tokens", o->tokens, "held-out tokens; default: [validation] tokens")->check(whole(1));
   verb->add_flag("--json", o->json, "one JSON document on stdout");
+  add_mesh(*verb, o->mesh);
   add_sets(*verb, o->sets);
   verb->callback([o, &run] {
     run = [o] {
-      const auto runnable = open_runnable(o->checkpoint, o->sets);
-      const Config& config = runnable->config;
-      const auto dataset = Dataset::open(config.data, config.model.vocab_size, {{"libtorch", libtorch_include().string()}});
-      const auto rows = validation_rows(dataset, config.training.seq_len, o->tokens ? o->tokens : config.validation.tokens);
-      const Evaluation result = evaluate(*runnable->model, rows, config.training.local_batch_size);
-      if (o->json) {
-        nlohmann::json out{{"checkpoint", runnable->checkpoint.folder.string()}, {"step", runnable->checkpoint.state.step}, {"loss", result.loss},
-                           {"perplexity", std::exp(result.loss)}, {"targets", result.targets}, {"by_position", nlohmann::json::array()}};
+      return over_ranks(o->mesh, [&](const MeshGroups* ranks) {
+        const auto runnable = open_runnable(o->checkpoint, o->sets, ranks);
+        const Config& config = runnable->config;
+        const auto dataset = Dataset::open(config.data, config.model.vocab_size, {{"libtorch", libtorch_include().string()}});
+        const auto rows = validation_rows(dataset, config.training.seq_len, o->tokens ? o->tokens : config.validation.tokens);
+        const Evaluation result = evaluate(*runnable->model, rows, config.training.local_batch_size);
+        if (!is_first(ranks)) return 0;
+        if (o->json) {
+          nlohmann::json out{{"checkpoint", runnable->checkpoint.folder.string()}, {"step", runnable->checkpoint.state.step}, {"loss", result.loss},
+                             {"perplexity", std::exp(result.loss)}, {"targets", result.targets}, {"by_position", nlohmann::json::array()}};
+          for (const PositionLoss& bin : result.by_position)
+            out["by_position"].push_back({{"begin", bin.begin}, {"end", bin.end}, {"loss", bin.loss}, {"perplexity", std::exp(bin.loss)}, {"targets", bin.targets}});
+          std::cout << out.dump(1) << "\n";
+          return 0;
+        }
+        fmt::print("{}: step {}\nloss {:.4f} nats, perplexity {:.3f}, {} targets\n\n  position          loss  perplexity   targets\n", runnable->checkpoint.folder.string(),
+                   runnable->checkpoint.state.step, result.loss, std::exp(result.loss), result.targets);
         for (const PositionLoss& bin : result.by_position)
-          out["by_position"].push_back({{"begin", bin.begin}, {"end", bin.end}, {"loss", bin.loss}, {"perplexity", std::exp(bin.loss)}, {"targets", bin.targets}});
-        std::cout << out.dump(1) << "\n";
+          fmt::print("  {:>6} .. {:<6} {:>7.4f}  {:>10.3f}  {:>8}\n", bin.begin, bin.end - 1, bin.loss, std::exp(bin.loss), bin.targets);
         return 0;
-      }
-      fmt::print("{}: step {}\nloss {:.4f} nats, perplexity {:.3f}, {} targets\n\n  position          loss  perplexity   targets\n", runnable->checkpoint.folder.string(),
-                 runnable->checkpoint.state.step, result.loss, std::exp(result.loss), result.targets);
-      for (const PositionLoss& bin : result.by_position)
-        fmt::print("  {:>6} .. {:<6} {:>7.4f}  {:>10.3f}  {:>8}\n", bin.begin, bin.end - 1, bin.loss, std::exp(bin.loss), bin.targets);
-      return 0;
+      });
     };
   });
 }

@@ -15,7 +15,7 @@ namespace {
 constexpr int64_t kByteVocabulary = 256;
 
 struct Options {
-  std::string checkpoint, prompt, prompt_ids;
+  std::string checkpoint, prompt, prompt_ids, mesh;
   bool has_prompt = false, has_ids = false;
   std::vector<std::string> sets;
   GenerateOptions generate;
@@ -39,9 +39,8 @@ std::vector<int64_t> parse_ids(const std::string& text) {
   return ids;
 }
 
-int generate_text(const Options& o) {
-  if (o.has_prompt == o.has_ids) throw Error(ExitCode::kUsage, "generate: give either --prompt or --prompt-ids");
-  const auto runnable = open_runnable(o.checkpoint, o.sets);
+int generate_text(const Options& o, const MeshGroups* ranks) {
+  const auto runnable = open_runnable(o.checkpoint, o.sets, ranks);
   const int64_t vocab_size = runnable->plan.model.vocab_size;
   if (o.has_prompt && vocab_size != kByteVocabulary)
     throw Error(ExitCode::kUsage, fmt::format("--prompt: text needs a byte vocabulary of {} ids, this model has {}", kByteVocabulary, vocab_size),
@@ -50,12 +49,14 @@ int generate_text(const Options& o) {
   if (o.has_prompt)
     for (unsigned char c : o.prompt) prompt.push_back(c);
   else prompt = parse_ids(o.prompt_ids);
-  if (o.has_prompt) std::fwrite(o.prompt.data(), 1, o.prompt.size(), stdout);
+  const bool speaks = is_first(ranks);
+  if (o.has_prompt && speaks) std::fwrite(o.prompt.data(), 1, o.prompt.size(), stdout);
   const auto made = generate(*runnable->model, {prompt}, o.generate, [&](size_t, int64_t id) {
-    if (!o.has_prompt) return;
+    if (!o.has_prompt || !speaks) return;
     std::putchar(static_cast<int>(id));
     std::fflush(stdout);
   });
+  if (!speaks) return 0;
   if (!o.has_prompt)
     for (size_t i = 0; i < made[0].size(); ++i) std::printf("%s%lld", i ? "," : "", static_cast<long long>(made[0][i]));
   std::putchar('\n');
@@ -74,11 +75,15 @@ void add_generate(CLI::App& app, Run& run) {
   verb->add_option("--temperature", o->generate.temperature, "0: the likeliest token")->capture_default_str()->check(number(0));
   verb->add_option("--top-p", o->generate.top_p, "smallest set of tokens whose probability reaches it")->capture_default_str()->check(number(0, 1));
   verb->add_option("--seed", o->generate.seed, "of the draws")->capture_default_str()->check(whole(0));
+  add_mesh(*verb, o->mesh);
   add_sets(*verb, o->sets);
   verb->callback([o, prompt, ids, &run] {
     o->has_prompt = prompt->count() > 0;
     o->has_ids = ids->count() > 0;
-    run = [o] { return generate_text(*o); };
+    run = [o] {
+      if (o->has_prompt == o->has_ids) throw Error(ExitCode::kUsage, "generate: give either --prompt or --prompt-ids");
+      return over_ranks(o->mesh, [&](const MeshGroups* ranks) { return generate_text(*o, ranks); });
+    };
   });
 }
 

@@ -50,9 +50,17 @@ struct Runnable {
   std::unique_ptr<Store> store;
   std::unique_ptr<Model> model;
 };
-std::unique_ptr<Runnable> open_runnable(const std::string& checkpoint, const std::vector<std::string>& sets);
+std::unique_ptr<Runnable> open_runnable(const std::string& checkpoint, const std::vector<std::string>& sets, const MeshGroups* ranks = nullptr);
 
 // "a=2,b=4" with the mesh's axis names. Throws Error(kUsage).
 Mesh parse_mesh(const std::string& text);
+
+// `--mesh`, of a verb that runs over ranks.
+void add_mesh(CLI::App& verb, std::string& mesh);
+// Does the work on this rank, alone or, under `launch`, torchrun and the like, with the others of the mesh; `ranks` is nullptr in a single process.
+// Throws Error(kUsage) where the mesh is of another number of ranks than there are. Other ranks than the first return 0.
+int over_ranks(const std::string& mesh, const std::function<int(const MeshGroups* ranks)>& work);
+// Whether this rank speaks for all.
+inline bool is_first(const MeshGroups* ranks) { return !ranks || ranks->place().rank == 0; }
 
 }  // namespace tessera

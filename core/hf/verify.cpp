@@ -16,9 +16,12 @@
 #include "hf/convert.hpp"
 #include "hf/hf_config.hpp"
 #include "hf/hf_names.hpp"
+#include "infer/generate.hpp"
 #include "model/model.hpp"
 #include "train/optimizer.hpp"
+#include "train/pipeline.hpp"
 #include "train/setup.hpp"
+#include "train/step.hpp"
 
 namespace tessera {
 
@@ -31,6 +34,7 @@ constexpr int64_t kSteps = 5, kNewTokens = 24, kPromptLen = 9;
 constexpr double kLr = 1e-3, kMaxNorm = 1.0;
 const OptimizerConfig kOptimizer{.lr = kLr, .beta1 = 0.9, .beta2 = 0.95, .eps = 1e-8, .weight_decay = 0.1};
 
+constexpr const char* kAxes[] = {"dp_replicate", "dp_shard", "pp", "cp", "tp", "ep"};
 const std::set<std::string> kInputs{"input_ids", "document_lengths", "generate.prompt"};
 
 struct Inputs {
@@ -86,40 +90,51 @@ Batch make_batch(const Inputs& in, int64_t begin, int64_t end, at::Device device
     if (sum < T) lengths.push_back(T - sum), padded = true;
   }
   Batch batch;
-  batch.ids_n = in.ids_bt.narrow(0, begin, end - begin).reshape({-1}).to(device);
+  batch.ids_n = in.ids_bt.narrow(0, begin, end - begin).flatten().to(device);
   batch.spans = Spans::documents(lengths);
   if (padded) batch.valid_n = valid_n.to(device);
   return batch;
 }
 
+// The axis of the mesh that a group's traffic counts for: the first of these along which its members differ, "ep" for the experts' groups. nullptr where
+// it only adds up counts and losses, which flow whatever the layout.
+const char* axis_of(const Group& group, const MeshGroups& ranks) {
+  if (&group == ranks.all() || &group == ranks.stage() || &group == ranks.data()) return nullptr;
+  if (group.name().starts_with("ep") || group.name().starts_with("etp")) return "ep";
+  const Place a = place_of(ranks.mesh(), group.ranks()[0]), b = place_of(ranks.mesh(), group.ranks().back());
+  return a.dp_replicate != b.dp_replicate ? "dp_replicate" : a.dp_shard != b.dp_shard ? "dp_shard" : a.pp != b.pp ? "pp" : a.cp != b.cp ? "cp" : "tp";
+}
+
 class Verifier {
  public:
-  Verifier(const Config& config, const Inputs& inputs, const fs::path& folder)
-      : config_(config), in_(inputs), plan_(make_plan(config)), device_(choose_device(config.training.device)),
-        store_(plan_, device_, choose_dtype(config.training.dtype, device_), config.training.freeze),
+  Verifier(const Config& config, const Inputs& inputs, const fs::path& folder, const MeshGroups* ranks)
+      : config_(config), in_(inputs), ranks_(ranks), mesh_(ranks ? ranks->mesh() : Mesh{}), plan_(make_plan(config, mesh_)), device_(choose_device(config.training.device)),
+        store_(plan_, device_, choose_dtype(config.training.dtype, device_), config.training.freeze, ranks),
         model_(plan_, store_, recomputed_bindings(config.activation_checkpoint)) {
     load_hf(folder, plan_, store_);
+    const int64_t B = in_.ids_bt.size(0), data_ranks = mesh_.dp_replicate * mesh_.dp_shard, rows = config_.training.local_batch_size;
+    const Range mine = rows_of(B, data_rank(ranks), data_ranks);
+    // Every data rank takes as many micro-batches, some of them empty.
+    for (int64_t first = 0; first < (B + data_ranks - 1) / data_ranks; first += rows) {
+      rows_.push_back({std::min(mine.end, mine.begin + first), std::min(mine.end, mine.begin + first + rows)});
+      batches_.push_back(make_batch(in_, rows_.back().begin, rows_.back().end, device_));
+    }
   }
 
   VerifyReport run() {
-    for (const FlatGroup& group : store_.groups()) report_.parameter_bytes += static_cast<int64_t>(group.data.nbytes());
     report_.pattern = config_.model.hybrid_override_pattern;
     add("input_ids", "", in_.ids_bt);
     if (in_.lengths_bn.defined()) add("document_lengths", "", in_.lengths_bn);
     forward();
     generate();
+    const auto before = sent();
     gradients();
     train();
+    count_ranks(before);
     return std::move(report_);
   }
 
  private:
-  // Losses and their backward pass over the batch in micro-batches.
-  struct Losses {
-    double main = 0, total = 0;
-    std::map<std::string, double> parts;
-  };
-
   void add(const std::string& name, const std::string& where, const at::Tensor& value) {
     report_.tensors.push_back({.name = name, .where = where, .value = value.detach().to(at::kCPU).contiguous()});
   }
@@ -133,124 +148,153 @@ class Verifier {
     return fmt::format("{} {} ({})", main ? "layer" : "head's layer", layer.index, layer.binding);
   }
 
-  std::vector<std::pair<int64_t, int64_t>> micro_batches() const {
-    const int64_t B = in_.ids_bt.size(0), rows = config_.training.local_batch_size;
-    std::vector<std::pair<int64_t, int64_t>> out;
-    for (int64_t b = 0; b < B; b += rows) out.emplace_back(b, std::min(B, b + rows));
-    return out;
-  }
-
   void forward() {
     at::NoGradGuard no_grad;
-    const int64_t B = in_.ids_bt.size(0), T = in_.ids_bt.size(1);
-    std::map<std::string, std::vector<at::Tensor>> parts;
+    const int64_t B = in_.ids_bt.size(0), T = in_.ids_bt.size(1), D = plan_.env.hidden_size, V = plan_.env.vocab_size;
     std::vector<std::pair<std::string, std::string>> names{{"hidden.0", "embedding"}};
     for (const LayerPlan& layer : plan_.layers) names.emplace_back(fmt::format("hidden.{}", layer.index + 1), layer_name(layer));
     names.emplace_back("logits", "final norm and lm_head");
     if (plan_.head)
       for (const HeadPass& pass : plan_.head->passes) names.emplace_back(pass.name + ".logits", "head " + pass.name);
-    for (const auto& [begin, end] : micro_batches()) {
-      const Batch batch = make_batch(in_, begin, end, device_);
-      auto shaped = [&](const at::Tensor& x) { return x.to(at::kFloat).reshape({end - begin, T, x.size(-1)}).clone(); };
-      const at::Tensor hidden = model_.hidden(batch, nullptr, [&](int64_t layer, const at::Tensor& x) { parts[fmt::format("hidden.{}", layer + 1)].push_back(shaped(x)); });
-      parts["logits"].push_back(shaped(model_.logits(hidden)));
-      const auto head = model_.head_logits(batch, hidden);
-      for (size_t i = 0; i < head.size(); ++i) parts[plan_.head->passes[i].name + ".logits"].push_back(shaped(head[i]));
+    std::map<std::string, at::Tensor> wholes;
+    for (const auto& [name, where] : names) wholes[name] = at::zeros({B, T, name.starts_with("hidden.") ? D : V}, at::TensorOptions(at::kFloat).device(device_));
+    // Of what several ranks hold alike, the first one's.
+    const bool shows = !ranks_ || (ranks_->place().tp == 0 && ranks_->place().cp == 0);
+    for (size_t i = 0; i < batches_.size(); ++i) {
+      const Range rows = rows_[i];
+      const auto show = [&](const std::string& name, const at::Tensor& x) {
+        if (shows) wholes.at(name).narrow(0, rows.begin, rows.end - rows.begin).view({-1, x.size(-1)}).copy_(x);
+      };
+      const at::Tensor hidden = hidden_by_stage(model_, batches_[i], nullptr, [&](int64_t layer, const at::Tensor& x) { show(fmt::format("hidden.{}", layer + 1), x); });
+      if (!hidden.defined()) continue;
+      show("logits", model_.logits(hidden));
+      const auto head = model_.head_logits(batches_[i], hidden);
+      for (size_t p = 0; p < head.size(); ++p) show(plan_.head->passes[p].name + ".logits", head[p]);
     }
     for (const auto& [name, where] : names) {
-      at::Tensor whole = at::empty({B, T, parts[name][0].size(-1)}, at::kFloat);
-      int64_t row = 0;
-      for (const at::Tensor& part : parts[name]) {
-        whole.narrow(0, row, part.size(0)).copy_(part);
-        row += part.size(0);
+      if (ranks_ && ranks_->all()) {
+        ranks_->whereabouts().place = "showing " + name;
+        ranks_->all()->all_reduce(wholes[name]);
       }
-      add(name, where, whole);
+      add(name, where, wholes[name]);
     }
   }
 
   void generate() {
-    at::NoGradGuard no_grad;
-    const int64_t P = in_.prompt_1p.size(1);
-    DecodeState state(plan_, 1, device_, store_.compute_dtype());
-    state.reserve(P + kNewTokens);
-    std::vector<int64_t> tokens;
-    Batch batch;
-    batch.ids_n = in_.prompt_1p.reshape({-1}).to(device_);
-    for (int64_t start = 0; static_cast<int64_t>(tokens.size()) < kNewTokens;) {
-      const int64_t n = batch.ids_n.size(0);
-      batch.spans = Spans({Span{.document = 0, .start = start, .length = n, .document_len = start + n, .state_slot = 0}});
-      const at::Tensor hidden = model_.hidden(batch, &state);
-      start += n;
-      tokens.push_back(model_.logits(hidden.narrow(0, n - 1, 1)).argmax(1).item<int64_t>());
-      batch.ids_n = at::tensor(std::vector<int64_t>{tokens.back()}, at::kLong).to(device_);
-    }
+    const std::vector<int64_t> prompt(in_.prompt_1p.const_data_ptr<int64_t>(), in_.prompt_1p.const_data_ptr<int64_t>() + in_.prompt_1p.size(1));
+    const std::vector<int64_t> tokens = mesh_.cp == 1 ? tessera::generate(model_, {prompt}, {.max_new_tokens = kNewTokens})[0] : generate_anew(prompt);
     add("generate.prompt", "", in_.prompt_1p);
     add("generate.tokens", "generation", at::tensor(tokens, at::kLong).reshape({1, kNewTokens}));
   }
 
-  Losses backward() {
-    at::AutoGradMode grad_mode(true);
-    const auto micro = micro_batches();
-    Denominators over;
-    for (const auto& [begin, end] : micro) over += denominators(plan_, make_batch(in_, begin, end, device_));
-    Losses sums;
-    for (const auto& [begin, end] : micro) {
-      const Batch batch = make_batch(in_, begin, end, device_);  // recomputation reads it in the backward pass
-      const LossResult loss = model_.loss(batch, over, true);
-      sums.main += loss.main.item<double>();
-      sums.total += loss.value.item<double>();
-      for (const auto& [name, part] : loss.parts) sums.parts[name] += part.item<double>();
-      loss.total.backward();
+  // Without a decode state: every token from all before it.
+  std::vector<int64_t> generate_anew(std::vector<int64_t> text) {
+    const size_t prompt = text.size();
+    while (text.size() < prompt + kNewTokens) {
+      const auto n = static_cast<int64_t>(text.size());
+      const Batch batch{.ids_n = at::tensor(text, at::kLong).to(device_), .spans = Spans::documents({n})};
+      const at::Tensor hidden = hidden_by_stage(model_, batch);
+      at::Tensor next = at::zeros({1}, at::TensorOptions(at::kLong).device(device_));
+      if (hidden.defined()) next = model_.logits(hidden.narrow(0, n - 1, 1)).argmax(1);
+      text.push_back(from_last_stage(*ranks_, next).item<int64_t>());
     }
+    return {text.begin() + static_cast<std::ptrdiff_t>(prompt), text.end()};
+  }
+
+  void refuse_auxiliary(const StepResult& result) const {
     std::set<std::string> passes;
     if (plan_.head)
       for (const HeadPass& pass : plan_.head->passes) passes.insert(pass.name);
-    for (const auto& [name, part] : sums.parts)
+    for (const auto& [name, part] : result.parts)
       if (!passes.contains(name) && part != 0)
         throw Error(ExitCode::kUsage, fmt::format("the auxiliary loss '{}' is on: reference files are without", name), "set its coefficient to 0");
-    model_.take_counts();
-    return sums;
   }
 
   void gradients() {
     store_.zero_grad();
-    const Losses losses = backward();
-    store_.finish_grad();
-    add("loss", "loss", {losses.main}, true);
+    const StepResult losses = accumulate(model_, batches_);
+    refuse_auxiliary(losses);
+    add("loss", "loss", {losses.loss}, true);
     if (plan_.head) {
       for (const HeadPass& pass : plan_.head->passes) add(pass.name + ".loss", "head " + pass.name, {losses.parts.at(pass.name)}, true);
-      add("total_loss", "loss", {losses.total}, true);
+      add("total_loss", "loss", {losses.total_loss}, true);
     }
     std::map<std::string, std::string> where;
     for (const TensorRow& row : tensor_rows(plan_)) where[row.name] = (row.layer ? layer_name(*row.layer) : row.name) + ", backward";
     const auto tensors = hub_tensors(plan_);
+    std::string source;
+    at::Tensor grad;
     for (auto t = tensors.rbegin(); t != tensors.rend(); ++t) {
       if (t->is_buffer || !store_.trainable(t->source)) continue;
-      const at::Tensor grad = store_.gradient(t->source);
-      add("grad." + t->name, where[t->source], (t->index < 0 ? grad : grad.select(0, t->index)).clone());
+      if (t->source != source) {
+        source = t->source;
+        if (ranks_) ranks_->whereabouts().place = "showing the gradient of " + source;
+        grad = store_.whole(source, tessera::gradients);
+      }
+      add("grad." + t->name, where[source], (t->index < 0 ? grad : grad.select(0, t->index)).clone());
     }
   }
 
+  // Reference files are without the blocks' own updates: their buffers stay.
   void train() {
+    std::vector<std::pair<at::Tensor, at::Tensor>> kept;
+    for (const TensorRow& row : tensor_rows(plan_))
+      if (row.buffer && store_.has(row.name)) kept.emplace_back(store_.buffer(row.name), store_.buffer(row.name).clone());
     Optimizer optimizer(store_, kOptimizer);
     store_.zero_grad();
     std::vector<double> losses, norms;
     for (int64_t step = 0; step < kSteps; ++step) {
-      losses.push_back(backward().total);
-      const at::Tensor norm = optimizer.grad_norm();
-      norms.push_back(norm.item<double>());
-      optimizer.step(kLr, kMaxNorm, norm);
+      const StepResult result = train_step(model_, optimizer, batches_, kLr, kMaxNorm);
+      losses.push_back(result.total_loss);
+      norms.push_back(result.grad_norm);
+      for (const auto& [buffer, before] : kept) buffer.copy_(before);
     }
     add("train.losses", "training", losses);
     add("train.grad_norms", "training", norms);
   }
 
+  std::map<std::string, int64_t> sent() const {
+    std::map<std::string, int64_t> bytes;
+    for (const char* axis : kAxes) bytes[axis] = 0;
+    if (ranks_)
+      for (const Group* group : ranks_->list())
+        if (const char* axis = axis_of(*group, *ranks_)) bytes[axis] += group->sent_bytes();
+    return bytes;
+  }
+
+  // What every rank holds, and what it sent since `before`.
+  void count_ranks(const std::map<std::string, int64_t>& before) {
+    std::vector<int64_t> own{0};
+    for (const FlatGroup& group : store_.groups()) own[0] += static_cast<int64_t>(group.data.nbytes());
+    const auto now = sent();
+    for (const char* axis : kAxes) own.push_back(now.at(axis) - before.at(axis));
+    const auto width = static_cast<int64_t>(own.size());
+    at::Tensor all = at::tensor(own, at::kLong);
+    if (ranks_ && ranks_->all()) {
+      ranks_->whereabouts().place = "the count of bytes";
+      const at::Tensor here = all.to(device_);
+      all = at::empty({width * mesh_.size()}, here.options());
+      ranks_->all()->all_gather(all, here);
+      all = all.to(at::kCPU);
+    }
+    const int64_t* from = all.const_data_ptr<int64_t>();
+    for (int64_t rank = 0; rank < mesh_.size(); ++rank) {
+      VerifyRank row{.parameter_bytes = *from++};
+      for (const char* axis : kAxes) row.sent_bytes.emplace_back(axis, *from++);
+      report_.ranks.push_back(std::move(row));
+    }
+  }
+
   const Config& config_;
   const Inputs& in_;
+  const MeshGroups* ranks_;
+  Mesh mesh_;
   ModelPlan plan_;
   at::Device device_;
   Store store_;
   Model model_;
+  std::vector<Range> rows_;       // of each micro-batch
+  std::vector<Batch> batches_;    // recomputation reads them in the backward pass
   VerifyReport report_;
 };
 
@@ -304,7 +348,7 @@ const VerifyTensor* VerifyReport::find(const std::string& name) const {
   return nullptr;
 }
 
-VerifyReport verify_hf(const fs::path& folder, const fs::path& reference, const Registry& registry, const VerifyOptions& options) {
+VerifyReport verify_hf(const fs::path& folder, const fs::path& reference, const Registry& registry, const VerifyOptions& options, const MeshGroups* ranks) {
   const SafetensorsFile file = SafetensorsFile::open(reference);
   std::vector<std::string> notes;
   Config config = import_hf_config(folder / "config.json", registry, options.waived, notes);
@@ -314,7 +358,10 @@ VerifyReport verify_hf(const fs::path& folder, const fs::path& reference, const 
   take_depths(config, file, notes);
   config = with_sets(config, options.sets, registry);
   const Inputs inputs = read_inputs(file, config.model.vocab_size);
-  VerifyReport report = Verifier(config, inputs, folder).run();
+  Issues issues;
+  check_config(config, ranks ? ranks->mesh() : Mesh{}, issues);
+  issues.raise();
+  VerifyReport report = Verifier(config, inputs, folder, ranks).run();
   report.notes = std::move(notes);
   for (VerifyTensor& t : report.tensors) {
     if (kInputs.contains(t.name) || !file.find(t.name)) continue;

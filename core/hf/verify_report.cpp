@@ -26,7 +26,12 @@ nlohmann::json report_json(const VerifyReport& report) {
   for (const std::string& name : report.not_computed) rows.push_back({{"name", name}, {"ok", false}, {"problem", "nothing of this name is computed"}, {"error", nullptr}});
   nlohmann::json out{{"ok", report.num_failed() == 0}, {"compared", report.num_compared()}, {"failed", report.num_failed()}, {"pattern", report.pattern},
                      {"first_difference", nullptr}, {"tensors", rows}, {"notes", report.notes},
-                     {"ranks", {{{"parameter_bytes", report.parameter_bytes}, {"sent_bytes", nlohmann::json::object()}}}}};
+                     {"ranks", nlohmann::json::array()}};
+  for (const VerifyRank& rank : report.ranks) {
+    nlohmann::json sent = nlohmann::json::object();
+    for (const auto& [axis, bytes] : rank.sent_bytes) sent[axis] = bytes;
+    out["ranks"].push_back({{"parameter_bytes", rank.parameter_bytes}, {"sent_bytes", sent}});
+  }
   if (!report.first_difference.empty()) out["first_difference"] = report.first_difference;
   return out;
 }

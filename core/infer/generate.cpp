@@ -2,16 +2,21 @@
 
 #include <ATen/TensorOperators.h>
 #include <ATen/core/PhiloxRNGEngine.h>
+#include <ATen/core/grad_mode.h>
 #include <ATen/ops/argmax.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/index_select.h>
 #include <ATen/ops/softmax.h>
 #include <ATen/ops/sort.h>
 #include <ATen/ops/tensor.h>
+#include <ATen/ops/zeros.h>
+#include <ATen/ops/zeros_like.h>
 #include <c10/core/InferenceMode.h>
 #include <fmt/format.h>
 
 #include <algorithm>
+
+#include "train/pipeline.hpp"
 
 namespace tessera {
 
@@ -34,9 +39,21 @@ int64_t sample(const at::Tensor& logits_v, const GenerateOptions& options, size_
 
 }  // namespace
 
+at::Tensor from_last_stage(const MeshGroups& ranks, const at::Tensor& ids) {
+  if (!ranks.all()) return ids;
+  ranks.whereabouts().place = "the next tokens";
+  const bool picks = ranks.place().rank == rank_at(ranks.mesh(), {.pp = ranks.mesh().pp - 1});
+  const at::Tensor all = picks ? ids : at::zeros_like(ids);
+  ranks.all()->all_reduce(all);
+  return all;
+}
+
 std::vector<std::vector<int64_t>> generate(Model& model, const std::vector<std::vector<int64_t>>& prompts, const GenerateOptions& options,
                                            const std::function<void(size_t, int64_t)>& on_token) {
-  const c10::InferenceMode inference;
+  const MeshGroups* ranks = model.store().ranks();
+  // What one call gathers from other ranks may serve the next one, which may want gradients.
+  const c10::InferenceMode inference(!ranks);
+  const at::NoGradGuard no_grad;
   const int64_t vocab_size = model.plan().model.vocab_size;
   for (size_t i = 0; i < prompts.size(); ++i) {
     if (prompts[i].empty()) throw Error(ExitCode::kUsage, fmt::format("prompt {}: must have at least one token", i));
@@ -44,7 +61,7 @@ std::vector<std::vector<int64_t>> generate(Model& model, const std::vector<std::
       if (id < 0 || id >= vocab_size) throw Error(ExitCode::kUsage, fmt::format("prompt {}: token id {} is outside the vocabulary of {}", i, id, vocab_size));
   }
   const at::Device device = model.store().device();
-  DecodeState state(model.plan(), static_cast<int64_t>(prompts.size()), device, model.store().compute_dtype());
+  DecodeState state(model.plan(), static_cast<int64_t>(prompts.size()), device, model.store().compute_dtype(), ranks);
   std::vector<std::vector<int64_t>> text = prompts, made(prompts.size());
   std::vector<int64_t> seen(prompts.size(), 0);
   std::vector<size_t> running(prompts.size());
@@ -65,14 +82,20 @@ std::vector<std::vector<int64_t>> generate(Model& model, const std::vector<std::
       if (seen[sequence] == known) complete.push_back(sequence), last_rows.push_back(static_cast<int64_t>(ids.size()) - 1);
     }
     Batch batch{.ids_n = at::tensor(ids, at::kLong).to(device), .spans = Spans(std::move(spans))};
-    const at::Tensor hidden_nd = model.hidden(batch, &state);
+    const at::Tensor hidden_nd = hidden_by_stage(model, batch, &state);
     if (complete.empty()) continue;
-    const at::Tensor logits = model.logits(at::index_select(hidden_nd, 0, at::tensor(last_rows, at::kLong).to(device)));
-    const at::Tensor greedy = options.temperature > 0 ? at::Tensor() : at::argmax(logits, 1).to(at::kCPU);
+    at::Tensor picked = at::zeros({static_cast<int64_t>(complete.size())}, at::kLong);
+    if (hidden_nd.defined()) {
+      const at::Tensor logits = model.logits(at::index_select(hidden_nd, 0, at::tensor(last_rows, at::kLong).to(device)));
+      if (options.temperature <= 0) picked = at::argmax(logits, 1).to(at::kCPU);
+      else
+        for (size_t i = 0; i < complete.size(); ++i)
+          picked.mutable_data_ptr<int64_t>()[i] = sample(logits.select(0, static_cast<int64_t>(i)), options, complete[i], static_cast<int64_t>(made[complete[i]].size()));
+    }
+    if (ranks) picked = from_last_stage(*ranks, picked.to(device)).to(at::kCPU);
     for (size_t i = 0; i < complete.size(); ++i) {
       const size_t sequence = complete[i];
-      const int64_t id = greedy.defined() ? greedy.const_data_ptr<int64_t>()[i]
-                                          : sample(logits.select(0, static_cast<int64_t>(i)), options, sequence, static_cast<int64_t>(made[sequence].size()));
+      const int64_t id = picked.const_data_ptr<int64_t>()[i];
       made[sequence].push_back(id);
       text[sequence].push_back(id);
       if (on_token) on_token(sequence, id);

@@ -18,8 +18,12 @@ struct GenerateOptions {
 };
 
 // Continues each prompt (at least one id, each in [0, vocab_size); lengths may differ). Returns the new ids of each. `on_token(sequence, id)` is called as they come.
-// What a prompt gives does not depend on the others, up to the rounding of differently shaped products.
+// What a prompt gives does not depend on the others, up to the rounding of differently shaped products. Over several ranks all must call it, with the
+// same prompts, and all get the same ids. Throws Error(kUsage) for context-parallel ranks.
 std::vector<std::vector<int64_t>> generate(Model& model, const std::vector<std::vector<int64_t>>& prompts, const GenerateOptions& options,
                                            const std::function<void(size_t, int64_t)>& on_token = {});
+
+// The ids of one rank of the last pipeline stage, on all ranks: they go on with the same ones.
+at::Tensor from_last_stage(const MeshGroups& ranks, const at::Tensor& ids);
 
 }  // namespace tessera

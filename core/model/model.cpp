@@ -232,29 +232,16 @@ at::Tensor Model::run_layer(const Layer& layer, const at::Tensor& x_nd, const Mi
   return mark(RecomputeFunction::apply(x_nd, anchor, call), layer.plan->binding);
 }
 
-at::Tensor Model::run_stage(const MicroBatchPtr& micro, int64_t stage, at::Tensor x_nd) {
+at::Tensor Model::run_stage(const MicroBatchPtr& micro, int64_t stage, at::Tensor x_nd, const Observer& observer) {
   const Denominators& over = micro->over;
   Scale scale{.valid_n = micro->batch->valid_n};
   if (!over.tokens.empty()) scale.token = share(over.tokens[0]), scale.document = share(over.documents[0]);
-  for (const auto& layer : layers_)
-    if (layer && layer->plan->stage == stage) x_nd = run_layer(*layer, x_nd, micro, scale);
-  return x_nd;
-}
-
-// The whole stack without losses.
-at::Tensor Model::main_hidden(const MicroBatchPtr& micro, const Weights& output, const Observer& observer) {
-  const auto show = [&](int64_t layer, const at::Tensor& x_nd) {
-    if (observer) observer(layer, micro->tokens.gather_whole(x_nd));
-  };
-  const Scale scale{.valid_n = micro->batch->valid_n};
-  at::Tensor x_nd = embed(micro);
-  show(-1, x_nd);
   for (const auto& layer : layers_) {
+    if (!layer || layer->plan->stage != stage) continue;
     x_nd = run_layer(*layer, x_nd, micro, scale);
-    show(layer->plan->index, x_nd);
+    if (observer) observer(layer->plan->index, micro->tokens.gather_whole(x_nd));
   }
-  enter("lm_head");
-  return final_norm(output, x_nd);
+  return x_nd;
 }
 
 // Runs the head's passes one after another; `use` gets the pass's number and what lm_head reads, of this rank's tokens.
@@ -327,15 +314,19 @@ LossResult Model::loss(const Batch& batch, const Denominators& over, bool traini
   return predict(micro, x_nd);
 }
 
+at::Tensor Model::hidden(const MicroBatchPtr& micro, const at::Tensor& x_nd) {
+  enter("lm_head");
+  return micro->tokens.gather_whole(final_norm(store_->gather(Store::kOutput), x_nd));
+}
+
 at::Tensor Model::hidden(const Batch& batch, DecodeState* state, const Observer& observer) {
   const MicroBatchPtr micro = micro_batch(batch, {}, false);
   micro->state = state;
-  if (state) {
-    int64_t needed = 0;
-    for (const Span& span : batch.spans.list()) needed = std::max(needed, span.start + span.length);
-    state->reserve(needed);
-  }
-  return micro->tokens.gather_whole(main_hidden(micro, store_->gather(Store::kOutput), observer));
+  if (state) state->reserve(batch.spans);
+  at::Tensor x_nd = embed(micro);
+  if (observer) observer(-1, micro->tokens.gather_whole(x_nd));
+  for (int64_t stage = 0; stage < plan_->num_stages; ++stage) x_nd = run_stage(micro, stage, x_nd, observer);
+  return hidden(micro, x_nd);
 }
 
 at::Tensor Model::logits(const at::Tensor& hidden_nd) {

@@ -54,7 +54,7 @@ class Model {
   // The parts of `loss`, for pipelines. Between them goes the residual stream of this rank's tokens [n, D], in residual_dtype.
   MicroBatchPtr micro_batch(const Batch& batch, const Denominators& over, bool training) const;
   at::Tensor embed(const MicroBatchPtr& micro);
-  at::Tensor run_stage(const MicroBatchPtr& micro, int64_t stage, at::Tensor x_nd);
+  at::Tensor run_stage(const MicroBatchPtr& micro, int64_t stage, at::Tensor x_nd, const Observer& observer = {});
   LossResult predict(const MicroBatchPtr& micro, const at::Tensor& x_nd);
   // What a stage that predicts nothing reports: its auxiliary losses.
   static LossResult report(const MicroBatch& micro);
@@ -73,8 +73,9 @@ class Model {
   // Cross-entropy of every position's next token, fp32 [N], 0 where it has no target.
   at::Tensor token_losses(const Batch& batch);
 
-  // The same from what the last stage gives, of this rank's pieces.
+  // The same two from what the last stage gives: losses of this rank's pieces, hidden states of the whole micro-batch.
   at::Tensor token_losses(const MicroBatchPtr& micro, const at::Tensor& x_nd);
+  at::Tensor hidden(const MicroBatchPtr& micro, const at::Tensor& x_nd);
 
   // What was counted since the last call.
   LayerCounts take_counts();
@@ -107,7 +108,6 @@ class Model {
   at::Tensor final_norm(const Weights& output, const at::Tensor& x_nd) const;
   at::Tensor run_layer(const Layer& layer, const at::Tensor& x_nd, const MicroBatchPtr& micro, const Scale& scale);
   at::Tensor run_block(const Layer& layer, const at::Tensor& x_nd, MicroBatch& micro, const Scale& scale, Decisions* decisions, bool replaying);
-  at::Tensor main_hidden(const MicroBatchPtr& micro, const Weights& output, const Observer& observer);
   void run_head(const MicroBatchPtr& micro, at::Tensor hidden_nd, const std::function<void(size_t, const at::Tensor&)>& use);
 
   const ModelPlan* plan_;

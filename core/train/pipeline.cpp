@@ -210,6 +210,31 @@ class PipelineRun {
   std::vector<FlightPtr> leaving_;
 };
 
+// What the last stage gives of this rank's tokens, where it lies; undefined on the others.
+at::Tensor run_stages(Model& model, const MicroBatchPtr& micro, const Observer& observer) {
+  const MeshGroups* ranks = model.store().ranks();
+  const int64_t stages = model.plan().num_stages, num_ranks = ranks ? ranks->mesh().pp : 1, rank = ranks ? ranks->place().pp : 0;
+  const int64_t n = micro->tokens.shard().num_tokens();
+  at::Tensor x_nd;
+  FlightPtr leaving;
+  for (int64_t stage = 0; stage < stages; ++stage) {
+    if (stage % num_ranks != rank) continue;
+    if (stage == 0) {
+      x_nd = model.embed(micro);
+      if (observer) observer(-1, micro->tokens.gather_whole(x_nd));
+    } else if (num_ranks > 1) {
+      x_nd = at::empty({n, model.plan().env.hidden_size}, at::TensorOptions(model.residual_dtype()).device(model.store().device()));
+      if (n > 0) ranks->pipe()->start_receive(x_nd, (stage - 1) % num_ranks)->wait();
+    }
+    x_nd = model.run_stage(micro, stage, x_nd, observer).contiguous();
+    if (leaving) leaving->wait();
+    if (stage == stages - 1) return x_nd;
+    if (num_ranks > 1 && n > 0) leaving = ranks->pipe()->start_send(x_nd, (stage + 1) % num_ranks);
+  }
+  if (leaving) leaving->wait();
+  return {};
+}
+
 }  // namespace
 
 std::vector<std::vector<PipelineAction>> pipeline_schedule(int64_t num_ranks, int64_t num_stages, int64_t num_micro) {
@@ -252,25 +277,17 @@ double pipeline_bubble(const std::vector<std::vector<PipelineAction>>& schedule)
 
 at::Tensor stage_by_stage(Model& model, const MicroBatchPtr& micro) {
   const at::NoGradGuard no_grad;
-  const MeshGroups* ranks = model.store().ranks();
-  const int64_t stages = model.plan().num_stages, num_ranks = ranks ? ranks->mesh().pp : 1, rank = ranks ? ranks->place().pp : 0;
-  const int64_t n = micro->tokens.shard().num_tokens();
-  at::Tensor x_nd;
-  FlightPtr leaving;
-  for (int64_t stage = 0; stage < stages; ++stage) {
-    if (stage % num_ranks != rank) continue;
-    if (stage == 0) x_nd = model.embed(micro);
-    else if (num_ranks > 1) {
-      x_nd = at::empty({n, model.plan().env.hidden_size}, at::TensorOptions(model.residual_dtype()).device(model.store().device()));
-      if (n > 0) ranks->pipe()->start_receive(x_nd, (stage - 1) % num_ranks)->wait();
-    }
-    x_nd = model.run_stage(micro, stage, x_nd).contiguous();
-    if (leaving) leaving->wait();
-    if (stage == stages - 1) return model.token_losses(micro, x_nd);
-    if (num_ranks > 1 && n > 0) leaving = ranks->pipe()->start_send(x_nd, (stage + 1) % num_ranks);
-  }
-  if (leaving) leaving->wait();
-  return {};
+  const at::Tensor x_nd = run_stages(model, micro, {});
+  return x_nd.defined() ? model.token_losses(micro, x_nd) : x_nd;
+}
+
+at::Tensor hidden_by_stage(Model& model, const Batch& batch, DecodeState* state, const Observer& observer) {
+  const at::NoGradGuard no_grad;
+  const MicroBatchPtr micro = model.micro_batch(batch, {}, /*training=*/false);
+  micro->state = state;
+  if (state) state->reserve(batch.spans);
+  const at::Tensor x_nd = run_stages(model, micro, observer);
+  return x_nd.defined() ? model.hidden(micro, x_nd) : x_nd;
 }
 
 void run_pipeline(Model& model, const std::vector<Batch>& micro_batches, const Denominators& over, const std::function<void(const LossResult&)>& result) {

@@ -28,5 +28,7 @@ void run_pipeline(Model& model, const std::vector<Batch>& micro_batches, const D
 
 // Cross-entropy of every position's next token over this rank's pieces, fp32 [P], where the last stage lies; undefined on the others. No gradients.
 at::Tensor stage_by_stage(Model& model, const MicroBatchPtr& micro);
+// Model::hidden over pipeline ranks: the result where the last stage lies, undefined on the others; the observer sees the layers of this rank.
+at::Tensor hidden_by_stage(Model& model, const Batch& batch, DecodeState* state = nullptr, const Observer& observer = {});
 
 }  // namespace tessera
