@@ -102,6 +102,9 @@ TEST_F(Commands, PlanOnAMeshGivesLocalShapesAndSmallerRanks) {
   EXPECT_EQ(two.at("ranks"), 4);
   EXPECT_LT(two.at("memory_per_rank").at("parameters").get<double>(), one.at("memory_per_rank").at("parameters").get<double>());
   EXPECT_EQ(two.at("totals"), one.at("totals"));
+  EXPECT_EQ(one.at("sent_per_step").at("bytes"), 0);
+  for (const char* axis : {"dp_shard", "tp"}) EXPECT_GT(two.at("sent_per_step").at("by_axis").at(axis).get<int64_t>(), 0) << axis;
+  EXPECT_EQ(two.at("pipeline_ranks").size(), 1u);
   for (const json& param : two.at("layers")[1].at("params"))
     if (param.at("name") == "layers.1.q_proj.weight") {
       EXPECT_EQ(param.at("local_shape"), (json{8, 32}));
