@@ -76,10 +76,12 @@ int over_ranks(const std::string& text, const std::function<int(const MeshGroups
   const Mesh mesh = parse_mesh(text);
   const World world = rendezvous(std::chrono::minutes(10));
   const double ranks = 1.0 * mesh.pp * mesh.dp_replicate * mesh.dp_shard * mesh.cp * mesh.tp;  // may be more than 64 bits hold
+  const std::string another = fmt::format("--mesh dp_shard={}", world.size);
+  if (text.empty() && world.size > 1)
+    throw Error(ExitCode::kUsage, fmt::format("--mesh: is missing: it says how the {} ranks divide the work", world.size), "for example " + another);
   if (ranks != static_cast<double>(world.size))
-    throw Error(ExitCode::kUsage, fmt::format("--mesh: {} is for {:.0f} ranks, this is one of {}", text.empty() ? "none" : text, ranks, world.size),
-                ranks > 256 ? "give as many ranks as the product of pp, dp_replicate, dp_shard, cp and tp"
-                            : fmt::format("start that many with `tessera launch -n {:.0f}`, or give another --mesh, for example dp_shard={}", ranks, world.size));
+    throw Error(ExitCode::kUsage, fmt::format("--mesh: {} is for {:.0f} ranks, there {} {}", text, ranks, world.size > 1 ? "are" : "is", world.size),
+                ranks > 256 ? "for example " + another : fmt::format("start that many with `tessera launch -n {:.0f}`, or for example {}", ranks, another));
   if (world.size == 1) return work(nullptr);
   std::unique_ptr<MeshGroups> groups;
   Watch watch(world);
