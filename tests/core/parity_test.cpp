@@ -65,6 +65,10 @@ TEST_P(Parity, AgreesWithTransformers) {
   for (const TensorEntry& entry : reference.entries())
     held += entry.name != "input_ids" && entry.name != "document_lengths" && entry.name != "generate.prompt";
   EXPECT_EQ(report.num_compared(), held);
+  // One process holds everything, and sends nothing.
+  ASSERT_EQ(report.ranks.size(), 1u);
+  EXPECT_GT(report.ranks[0].parameter_bytes, 0);
+  for (const auto& [axis, bytes] : report.ranks[0].sent_bytes) EXPECT_EQ(bytes, 0) << axis;
 }
 
 INSTANTIATE_TEST_SUITE_P(Golden, Parity, testing::Combine(testing::Values("dense", "moe", "latent", "mtp", "groups", "packed"), testing::Range<size_t>(0, 9)),
