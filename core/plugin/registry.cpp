@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <iostream>
 #include <set>
 
@@ -165,7 +166,8 @@ void check_core(const fs::path& file, void* library) {
 void Registry::load_file(const fs::path& file) {
   check_file(file);
   // Never deleted: objects, autograd nodes and vtables of a plugin live until the process ends, and closing it would pull them away.
-  auto* library = new boost::dll::shared_library();
+  static auto* const kept = new std::deque<boost::dll::shared_library>();
+  boost::dll::shared_library* const library = &kept->emplace_back();
   boost::dll::fs::error_code code;
   try {
     const InitialiserGuard guard(file);

@@ -177,17 +177,30 @@ StepResult train_step(Model& model, Optimizer& optimizer, const std::vector<Batc
 }
 
 std::string diagnose_nonfinite(Model& model, const std::vector<Batch>& micro_batches) {
-  for (const Batch& batch : micro_batches)
+  const MeshGroups* ranks = model.store().ranks();
+  if (ranks) ranks->whereabouts().place = "the search for a value that is not finite";
+  for (const Batch& batch : micro_batches) {
+    if (model.plan().env.mesh.pp > 1) break;  // no rank sees the whole stack
     if (std::string place = model.first_nonfinite(batch); !place.empty()) return place + ", forward";
-  // Backward runs from the last unit to the first, so the last one that is not finite is where it began.
+  }
+  // Backward runs from the last unit to the first, so the last one that is not finite is where it began. A rank has a share of each unit's gradient.
+  std::vector<double> broken;
+  for (FlatGroup& group : model.store().groups()) broken.push_back(group.trainable && group.grad.defined() && !at::isfinite(group.grad).all().item<bool>());
+  if (ranks && ranks->stage()) {
+    const at::Tensor any = at::tensor(broken, at::kDouble).to(model.store().device());
+    ranks->stage()->all_reduce(any, Reduce::kMax);
+    const at::Tensor host = any.to(at::kCPU);
+    broken.assign(host.const_data_ptr<double>(), host.const_data_ptr<double>() + host.numel());
+  }
   std::string place;
-  for (FlatGroup& group : model.store().groups())
-    if (group.trainable && group.grad.defined() && !at::isfinite(group.grad).all().item<bool>()) {
-      const bool stem = group.unit == Store::kEmbedding || group.unit == Store::kOutput;
-      std::string unit = stem ? group.slots.back().name : group.unit.substr(0, group.unit.size() - 1);
-      if (place.empty() || !stem) place = unit;
-    }
-  return place.empty() ? "no single layer: every gradient is finite, but their norm overflows" : place + ", backward";
+  size_t index = 0;
+  for (FlatGroup& group : model.store().groups()) {
+    if (broken[index++] == 0) continue;
+    const bool stem = group.unit == Store::kEmbedding || group.unit == Store::kOutput;
+    std::string unit = stem ? group.slots.back().name : group.unit.substr(0, group.unit.size() - 1);
+    if (place.empty() || !stem) place = unit;
+  }
+  return place.empty() ? fmt::format("no single layer{}: every gradient is finite, but their norm overflows", model.plan().env.mesh.pp > 1 ? " of this stage" : "") : place + ", backward";
 }
 
 }  // namespace tessera

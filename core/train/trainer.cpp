@@ -222,7 +222,7 @@ class Run {
       if (!options_.quiet && (step_ % config_.metrics.log_interval == 0 || last || line.contains("val_loss")))
         progress(line, live, (seconds() - began) / static_cast<double>(step_ - first_step));
       const int64_t interval = config_.checkpoint.interval;
-      const int signal = received_by_any();
+      int signal = received_by_any();
       if (!last && !signal && (interval == 0 || step_ % interval != 0)) continue;
       write([&] {
         if (metrics) metrics->flush();
@@ -230,6 +230,7 @@ class Run {
       });
       if (first())
         if (const std::string failed = prune_checkpoints(checkpoints_, config_.checkpoint.keep_latest_k); !failed.empty()) say(failed);
+      signal = received_by_any();  // during the save too
       if (signal && !last) {
         say(fmt::format("stopped by {} after step {}: checkpoint saved; go on with --resume", signal == SIGINT ? "SIGINT" : "SIGTERM", step_));
         return 128 + signal;

@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "layers/collectives.hpp"
 #include "layers/linear.hpp"
 #include "tessera/plugin.hpp"
 
@@ -113,7 +114,8 @@ class Ema final : public Block {
   }
 
   static void count_gates(const at::Tensor& g_ni, Context& ctx) {
-    const at::Tensor open_n = g_ni.detach().to(at::kFloat).sigmoid().mean(1);
+    const double width = static_cast<double>(g_ni.size(1) * ctx.mesh().tp);  // a rank has its share of the channels
+    const at::Tensor open_n = all_reduce(g_ni.detach().to(at::kFloat).sigmoid().sum(1), ctx.tensor_group()).div(width);
     const at::Tensor valid_n = ctx.valid_n().defined() ? ctx.valid_n().to(at::kFloat) : at::ones_like(open_n);
     ctx.count("gates", at::stack({open_n.mul(valid_n).sum(), valid_n.sum()}));
   }

@@ -153,7 +153,7 @@ class Table : public testing::Environment {
     if (!path || measured().empty()) return;
     std::ofstream out(path);
     out << "# Every layout against one process\n"
-           "Made by `TESSERA_LAYOUT_TABLE=docs/reference/layouts.md ./tessera test Layouts --all`: five steps of AdamW over the same eight rows of 24 tokens a step, packed from documents of 1 to 24 tokens, in\n"
+           "Made by `TESSERA_LAYOUT_TABLE=docs/layouts.md ./tessera test Layouts --all`: five steps of AdamW over the same eight rows of 24 tokens a step, packed from documents of 1 to 24 tokens, in\n"
            "fp32, ranks over Gloo. Largest differences to one process, relative to the largest value: of the loss in any step, of any parameter's gradient in the first, of the gradient norm in any, of any weight after five.\n"
            "Adam divides by the gradient's size, so weights whose gradient is near zero differ by more than gradients do.\n\n"
            "| layout | pattern | rows a micro-batch | with | ranks | loss | gradients | gradient norm | weights |\n|---|---|---|---|---|---|---|---|---|\n";

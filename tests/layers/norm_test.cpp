@@ -7,6 +7,8 @@
 #include <ATen/ops/randn.h>
 #include <ATen/ops/zeros.h>
 #include <gtest/gtest.h>
+
+#include <algorithm>
 #include <torch/csrc/autograd/autograd.h>
 
 #include "tessera/error.hpp"
@@ -67,13 +69,14 @@ TEST_P(Norms, Bfloat16ErrorIsAtMostTwiceThePlainComposition) {
   auto in = make(n, d, gated);
   for (auto& t : in) t = t.to(at::kBFloat16).to(at::kDouble);
   const at::Tensor dout = at::randn({n, d}, at::kDouble).to(at::kBFloat16).to(at::kDouble);
+  const double rounding = tolerance(at::kFloat, Op::kElementwise);  // of fp32 results, where one row of the plain composition may be lucky
   for (const auto out_dtype : {at::kBFloat16, at::kFloat}) {
     const Result want = run(in, dout, gated, false, d / 3, at::kDouble, at::kDouble);
     const Result plain = run(in, dout, gated, false, d / 3, at::kBFloat16, out_dtype), fast = run(in, dout, gated, true, d / 3, at::kBFloat16, out_dtype);
     EXPECT_EQ(fast.out.scalar_type(), out_dtype);
-    EXPECT_TRUE(close(fast.out, want.out, kErrorFactor * relative_rms(plain.out, want.out)));
+    EXPECT_TRUE(close(fast.out, want.out, std::max(rounding, kErrorFactor * relative_rms(plain.out, want.out))));
     for (size_t k = 0; k < in.size(); ++k)
-      EXPECT_TRUE(close(fast.grads[k], want.grads[k], kErrorFactor * relative_rms(plain.grads[k], want.grads[k]))) << k;
+      EXPECT_TRUE(close(fast.grads[k], want.grads[k], std::max(rounding, kErrorFactor * relative_rms(plain.grads[k], want.grads[k])))) << k;
   }
 }
 

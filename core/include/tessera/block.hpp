@@ -84,6 +84,7 @@ class Block {
 };
 
 // A prediction head: passes run after the main stack, each with own input, inner stack (the pattern's `/` part) and target offset.
+// Its own two parts treat tokens apart: over several ranks each has its tokens only, and its parameters are `replicated()`.
 struct HeadInfo {
   const char* type = nullptr;
   int version = 1;

@@ -65,9 +65,11 @@ class Context {
   bool replaying() const { return replaying_; }
 
   // Adds `sum` / (global count of tokens or documents) to the training loss. Ignored outside training. The gradient flows in
-  // every pass, the reported value counts once.
+  // every pass, the reported value counts once. `sum` is that of the tokens of x_nd: where several ranks have the same ones (a block that takes
+  // all tokens, see BlockInfo) they must add the same, which enters once; where each has its own, the ranks' sums add up.
   void add_loss(std::string name, at::Tensor sum, Per per);
   // Adds `counts` (fp32, any shape, no gradient) to the statistic `name` of this layer over the global batch. Ignored in a replay and outside training.
+  // Over several ranks as in add_loss.
   void count(std::string_view name, const at::Tensor& counts);
 
   // Set by the core.
