@@ -26,6 +26,9 @@ namespace {
 using namespace tessera;
 using std::chrono::milliseconds;
 
+// In one write: lines of several processes do not mix.
+void say(const std::string& line) { std::cerr << line + "\n" << std::flush; }
+
 void forever() {
   volatile double x = 1;
   while (true) x = x * 1.0000001;
@@ -64,9 +67,9 @@ int run(std::map<std::string, std::string> words) {
         sum = x[0].item<double>() / static_cast<double>(world.size);
       }
       std::this_thread::sleep_for(milliseconds(number("pause", 0)));
-      if (round == 0) std::cerr << "rank " << world.rank << " runs" << std::endl;
+      if (round == 0) say(fmt::format("rank {} runs", world.rank));
       if (StopSignals::received()) {
-        std::cerr << "rank " << world.rank << " stops" << std::endl;
+        say(fmt::format("rank {} stops", world.rank));
         return 128 + StopSignals::received();
       }
     }
