@@ -209,8 +209,8 @@ void save_over_ranks(const fs::path& folder, const Config& config, const Registr
 void save_checkpoint_files(const fs::path& folder, const Config& config, const Registry& registry, const CheckpointState& state,
                            const std::function<void(const fs::path&)>& write_tensors) {
   const fs::path aside = aside_of(folder, getpid());
-  make_aside(folder, aside);
   try {
+    make_aside(folder, aside);
     write_tensors(aside);
     write_file(aside / "config.toml", to_toml(config));
     json files = json::object();
