@@ -118,7 +118,7 @@ Model::Model(const ModelPlan& plan, Store& store, std::vector<std::string> recom
     return out;
   };
   layers_ = build(plan.layers);
-  if (plan.head && store.holds(Store::kOutput)) {
+  if (plan.head && store.holds(kOutputUnit)) {
     for (const HeadSet& set : plan.head->sets) head_layers_.push_back(build(set.layers));
     head_ = plan.head->type->make(plan.head->config, plan.env);
   }
@@ -136,7 +136,7 @@ MicroBatchPtr Model::micro_batch(const Batch& batch, const Denominators& over, b
 at::Tensor Model::embed_ids(const MicroBatch& micro, const at::Tensor& ids_n) {
   if (store_->ranks()) store_->ranks()->whereabouts().place = "the embedding";
   std::vector<LeasePtr> leases;
-  const Weights weights = store_->gather(Store::kEmbedding, &leases);
+  const Weights weights = store_->gather(kEmbeddingUnit, &leases);
   const at::Tensor x_nd = micro.tokens.sum_shard(embedding(micro.tokens.pieces_of(ids_n), weights["embedding.weight"].tensor(), tensor_group()));
   store_->give_back(leases);
   return x_nd.to(residual_dtype());
@@ -150,7 +150,7 @@ at::Tensor Model::embed(const MicroBatchPtr& micro) {
 // A tied head reads the embedding, which is stored in fp32, in the compute dtype.
 at::Tensor Model::lm_head(const Weights& output) {
   const Weight& own = output.find("lm_head.weight");
-  return (own.defined() ? own.tensor() : store_->gather(Store::kEmbedding)["embedding.weight"].tensor()).to(store_->compute_dtype());
+  return (own.defined() ? own.tensor() : store_->gather(kEmbeddingUnit)["embedding.weight"].tensor()).to(store_->compute_dtype());
 }
 
 at::Tensor Model::final_norm(const Weights& output, const at::Tensor& x_nd) const {
@@ -283,7 +283,7 @@ LossResult Model::report(const MicroBatch& micro) {
 LossResult Model::predict(const MicroBatchPtr& micro, const at::Tensor& x_nd) {
   enter("lm_head");
   if (store_->ranks()) store_->ranks()->whereabouts().place = "the output";
-  const Weights output = store_->gather(Store::kOutput);
+  const Weights output = store_->gather(kOutputUnit);
   const at::Tensor hidden_nd = mark(final_norm(output, x_nd), "lm_head"), lm_head_vd = lm_head(output);
   const auto loss_of = [&](const at::Tensor& h_nd, int64_t shift, int64_t offset, double over) {
     const at::Tensor targets_n = micro->tokens.pieces_of(pass_inputs(*micro->batch, shift, offset).targets_n);
@@ -316,7 +316,7 @@ LossResult Model::loss(const Batch& batch, const Denominators& over, bool traini
 
 at::Tensor Model::hidden(const MicroBatchPtr& micro, const at::Tensor& x_nd) {
   enter("lm_head");
-  return micro->tokens.gather_whole(final_norm(store_->gather(Store::kOutput), x_nd));
+  return micro->tokens.gather_whole(final_norm(store_->gather(kOutputUnit), x_nd));
 }
 
 at::Tensor Model::hidden(const Batch& batch, DecodeState* state, const Observer& observer) {
@@ -330,7 +330,7 @@ at::Tensor Model::hidden(const Batch& batch, DecodeState* state, const Observer&
 }
 
 at::Tensor Model::logits(const at::Tensor& hidden_nd) {
-  const at::Tensor part_nv = tessera::linear(hidden_nd, lm_head(store_->gather(Store::kOutput))).to(at::kFloat);
+  const at::Tensor part_nv = tessera::linear(hidden_nd, lm_head(store_->gather(kOutputUnit))).to(at::kFloat);
   const Group* tensor = tensor_group();
   if (!tensor) return part_nv;
   return gather_rows(part_nv.t().contiguous(), std::vector<int64_t>(static_cast<size_t>(tensor->size()), part_nv.size(1)), tensor).t();
@@ -344,7 +344,7 @@ std::vector<at::Tensor> Model::head_logits(const Batch& batch, const at::Tensor&
 }
 
 at::Tensor Model::token_losses(const MicroBatchPtr& micro, const at::Tensor& x_nd) {
-  const Weights output = store_->gather(Store::kOutput);
+  const Weights output = store_->gather(kOutputUnit);
   const at::Tensor targets_n = micro->tokens.pieces_of(pass_inputs(*micro->batch, 0, 1).targets_n);
   return cross_entropy_per_token(micro->tokens.gather_pieces(final_norm(output, x_nd)), lm_head(output), targets_n, tensor_group());
 }

@@ -27,6 +27,20 @@ int64_t rank_at(const Mesh& mesh, const Place& place) {
   return (((place.pp * mesh.dp_replicate + place.dp_replicate) * mesh.dp_shard + place.dp_shard) * mesh.cp + place.cp) * mesh.tp + place.tp;
 }
 
+int64_t coordinate(const Place& place, Axis axis) {
+  switch (axis) {
+    case Axis::kTensor: return place.tp;
+    case Axis::kExpert: return place.ep;
+    case Axis::kExpertTensor: return place.etp;
+  }
+  return 0;
+}
+
+std::string part_name(const Mesh& mesh, Axis axis, int64_t size) {
+  if (axis == Axis::kTensor && size == mesh.tp) return "tp";
+  return fmt::format("{}/{}", axis_name(axis), degree(mesh, axis) / size);
+}
+
 std::string place_text(const Mesh& mesh, int64_t rank) {
   const Place place = place_of(mesh, rank);
   std::vector<std::string> axes;
@@ -93,28 +107,18 @@ MeshGroups::MeshGroups(World world, const Mesh& mesh) : world_(std::move(world))
 
 MeshGroups::~MeshGroups() = default;
 
-const Group* MeshGroups::tensor_part(int64_t size) const {
-  if (size == mesh_.tp) return tensor();
+const Group* MeshGroups::part(Axis axis, int64_t size) const {
   if (size < 2) return nullptr;
-  auto [found, added] = parts_.try_emplace({Axis::kTensor, size});
-  const Place& p = place_;
-  if (added)
-    found->second = make(fmt::format("tp/{}", mesh_.tp / size), where([&](const Place& o) {
-                           return o.pp == p.pp && o.dp_replicate == p.dp_replicate && o.dp_shard == p.dp_shard && o.cp == p.cp && o.tp / size == p.tp / size;
-                         }));
-  return found->second.get();
-}
-
-const Group* MeshGroups::expert_part(Axis axis, int64_t size) const {
-  if (size < 2) return nullptr;
+  if (axis == Axis::kTensor && size == mesh_.tp) return tensor();
   auto [found, added] = parts_.try_emplace({axis, size});
   const Place& p = place_;
-  const bool ep = axis == Axis::kExpert;
+  const auto aside = [&](const Place& o) {  // o differs along the axis at most
+    if (o.pp != p.pp || o.dp_replicate != p.dp_replicate) return false;
+    if (axis == Axis::kTensor) return o.dp_shard == p.dp_shard && o.cp == p.cp;
+    return o.expert_copy == p.expert_copy && (axis == Axis::kExpert ? o.etp == p.etp : o.ep == p.ep);
+  };
   if (added)
-    found->second = make(fmt::format("{}/{}", ep ? "ep" : "etp", (ep ? mesh_.ep : mesh_.etp) / size), where([&](const Place& o) {
-                           return o.pp == p.pp && o.dp_replicate == p.dp_replicate && o.expert_copy == p.expert_copy &&
-                                  (ep ? o.etp == p.etp && o.ep / size == p.ep / size : o.ep == p.ep && o.etp / size == p.etp / size);
-                         }));
+    found->second = make(part_name(mesh_, axis, size), where([&](const Place& o) { return aside(o) && coordinate(o, axis) / size == coordinate(p, axis) / size; }));
   return found->second.get();
 }
 

@@ -23,6 +23,9 @@ struct Place {
 };
 Place place_of(const Mesh& mesh, int64_t rank);
 int64_t rank_at(const Mesh& mesh, const Place& place);  // by pp, dp_replicate, dp_shard, cp, tp
+int64_t coordinate(const Place& place, Axis axis);
+// What a group of `size` neighbouring ranks along an axis is called: "tp/2" where two such groups make the axis, "tp" where it is all tensor ranks.
+std::string part_name(const Mesh& mesh, Axis axis, int64_t size);
 // "rank 5 (pp 1, tp 1)": the axes that have more than one rank.
 std::string place_text(const Mesh& mesh, int64_t rank);
 // "dp_shard 2 x tp 2 (ep 2)": the axes that have more than one rank.
@@ -55,7 +58,7 @@ class MeshGroups final : public BlockGroups {
   const Group* context() const override { return context_.get(); }
   const Group* sequence() const override { return sequence_.get(); }
   const Group* experts() const override { return experts_.get(); }
-  const Group* tensor_part(int64_t size) const override;
+  const Group* tensor_part(int64_t size) const override { return part(Axis::kTensor, size); }
 
   const Group* all() const { return all_.get(); }                        // the world
   const Group* shard() const { return shard_.get(); }                    // dp_shard x cp: they share the flat buffers of what is not an expert's
@@ -65,8 +68,8 @@ class MeshGroups final : public BlockGroups {
   const Group* pipe() const { return pipe_.get(); }                      // pp
   const Group* stage() const { return stage_.get(); }                    // all ranks of this rank's pipeline stage
   const Group* ends() const { return ends_.get(); }                      // the first and the last stage; nullptr on those between
-  // `size` neighbouring ranks along an expert axis, as tensor_part along tp.
-  const Group* expert_part(Axis axis, int64_t size) const;
+  // `size` neighbouring ranks along an axis that cuts parameters.
+  const Group* part(Axis axis, int64_t size) const;
   // Every group made so far, for counters.
   std::vector<const Group*> list() const;
 

@@ -8,73 +8,12 @@
 #include <utility>
 
 #include "memory/kept_blocks.hpp"
-#include "store/store.hpp"
-#include "train/pipeline.hpp"
+#include "plan/buffers.hpp"
+#include "plan/schedule.hpp"
 
 namespace tessera {
 
 namespace {
-
-constexpr int64_t kAlign = 16;  // elements: parameters begin at 64 bytes, and so does every rank's part
-
-int64_t aligned(int64_t n) { return (n + kAlign - 1) / kAlign * kAlign; }
-
-bool frozen(const std::string& name, const std::vector<std::string>& freeze) {
-  return std::any_of(freeze.begin(), freeze.end(), [&](const std::string& prefix) { return name.starts_with(prefix); });
-}
-
-// Parameters of one unit as flat buffers.
-class Units {
- public:
-  Units(const std::vector<std::string>& freeze, const Mesh& mesh, const Place& place) : freeze_(freeze), mesh_(mesh), place_(place) {}
-
-  void add(const std::string& unit, const std::string& prefix, const ParamTable& params, bool on_both_ends) {
-    const size_t first = buffers.size();
-    std::vector<std::vector<Common>> common;
-    for (const Param& param : params) {
-      const bool experts = is_expert(param), trainable = !frozen(prefix + param.name, freeze_);
-      size_t at = first;
-      while (at < buffers.size() && !(buffers[at].experts == experts && buffers[at].fp32 == param.fp32 && buffers[at].decay == param.decay && buffers[at].trainable == trainable)) ++at;
-      if (at == buffers.size()) {
-        const int64_t ranks = experts ? mesh_.dp_shard * mesh_.cp * mesh_.tp / (mesh_.ep * mesh_.etp) : mesh_.dp_shard * mesh_.cp;
-        buffers.push_back({.unit = unit, .experts = experts, .fp32 = param.fp32, .decay = param.decay, .trainable = trainable, .ranks = ranks});
-        common.emplace_back();
-      }
-      PlannedBuffer& buffer = buffers[at];
-      const LocalPart part(param, mesh_, place_);
-      const int64_t offset = buffer.length ? aligned(buffer.length) : 0;
-      buffer.length = offset + part.size();
-      for (const SharedElements& shared : part.shared())
-        common[at - first].push_back({{offset + shared.elements.begin, offset + shared.elements.end}, {part_name(shared.axis, shared.size), shared.size}});
-    }
-    for (size_t i = first; i < buffers.size(); ++i) {
-      PlannedBuffer& buffer = buffers[i];
-      if (buffer.ranks > 1) buffer.length = aligned((buffer.length + buffer.ranks - 1) / buffer.ranks) * buffer.ranks;
-      const int64_t rank = buffer.experts ? place_.expert_copy : place_.dp_shard * mesh_.cp + place_.cp, begin = buffer.own() * rank;
-      std::map<std::pair<std::string, int64_t>, int64_t> sums;
-      for (const Common& c : common[i - first])
-        if (const int64_t n = std::min(c.range.end, begin + buffer.own()) - std::max(c.range.begin, begin); n > 0) sums[c.with] += n;
-      if (on_both_ends) sums[{"ends", 2}] += buffer.own();
-      for (const auto& [with, n] : sums) buffer.shared.push_back({.group = with.first, .ranks = with.second, .elements = n});
-    }
-  }
-
-  std::vector<PlannedBuffer> buffers;
-
- private:
-  struct Common {
-    Range range;
-    std::pair<std::string, int64_t> with;
-  };
-  std::string part_name(Axis axis, int64_t size) const {
-    if (axis == Axis::kTensor && size == mesh_.tp) return "tp";
-    return fmt::format("{}/{}", axis_name(axis), degree(mesh_, axis) / size);
-  }
-
-  const std::vector<std::string>& freeze_;
-  const Mesh& mesh_;
-  const Place& place_;
-};
 
 // Elements of one micro-batch that a layer keeps on a rank, beside its input's share of the residual stream.
 double layer_activations(const LayerPlan& layer, const ModelPlan& plan, const Mesh& mesh, const Documents& documents) {
@@ -94,24 +33,6 @@ double layer_activations(const LayerPlan& layer, const ModelPlan& plan, const Me
 }
 
 }  // namespace
-
-std::vector<PlannedBuffer> plan_buffers(const ModelPlan& plan, const std::vector<std::string>& freeze, const Mesh& mesh, const Place& place) {
-  Units units(freeze, mesh, place);
-  const bool first = place.pp == 0, last = place.pp == mesh.pp - 1, embeds_again = plan.head || plan.model.tie_embeddings;
-  if (first || (last && embeds_again)) units.add(Store::kEmbedding, "", plan.embedding, mesh.pp > 1 && embeds_again);
-  if (last) units.add(Store::kOutput, "", plan.output, false);
-  const auto stack = [&](const std::vector<LayerPlan>& layers, bool main) {
-    for (const LayerPlan& layer : layers)
-      if (layer.weights_of == layer.index && (!main || layer.stage % mesh.pp == place.pp)) units.add(layer.prefix, layer.prefix, layer.params, false);
-  };
-  stack(plan.layers, true);
-  if (plan.head && last)
-    for (const HeadSet& set : plan.head->sets) {
-      units.add(set.prefix, set.prefix, set.params, false);
-      stack(set.layers, false);
-    }
-  return units.buffers;
-}
 
 bool recomputed(const Config& config, const std::string& binding) {
   const auto& types = config.activation_checkpoint.block_types;
@@ -156,34 +77,35 @@ std::vector<MemoryPlan> plan_stage_memory(const ModelPlan& plan, const Config& c
   for (int64_t pp = 0; pp < mesh.pp; ++pp) {
     MemoryPlan memory{.stage = pp};
     const Place place = place_of(mesh, rank_at(mesh, {.pp = pp}));
-    struct Unit {
+    struct Gathered {
       double whole = 0, gradient = 0;
     };
-    std::map<std::string, Unit> units;  // that ranks share: bytes while they are used
-    for (const PlannedBuffer& buffer : plan_buffers(plan, config.training.freeze, mesh, place)) {
-      const auto own = static_cast<double>(buffer.own()), bytes = static_cast<double>(buffer.element_bytes(bf16));
+    std::map<std::string, Gathered> units;  // that ranks share: bytes while they are used
+    for (const FlatBuffer& buffer : flat_buffers(plan, config.training.freeze, mesh, place)) {
+      const auto own = static_cast<double>(buffer.size()), bytes = static_cast<double>(buffer.element_bytes(bf16));
       memory.parameters += 4 * own;
       if (buffer.trainable) memory.gradients += 4 * own, memory.optimizer += 8 * own;
       if (bytes < 4) memory.compute += bytes * own;
       if (buffer.ranks == 1) continue;
-      Unit& unit = units[buffer.unit];
+      Gathered& unit = units[buffer.unit];
       unit.whole += bytes * static_cast<double>(buffer.length);
       if (buffer.trainable) unit.gradient += (config.parallelism.reduce_dtype == "float32" ? 4 : bytes) * (static_cast<double>(buffer.length) + own);
     }
-    for (const TensorRow& row : tensor_rows(plan))
-      if (row.buffer && (row.name.starts_with("heads.") ? pp == mesh.pp - 1 : row.layer->stage % mesh.pp == pp)) memory.parameters += 4 * static_cast<double>(num_elements(row.shape()));
+    for (const Unit& unit : units_of(plan, mesh, place))
+      if (unit.buffers)
+        for (const Buffer& buffer : *unit.buffers) memory.parameters += 4 * static_cast<double>(num_elements(buffer.shape));
 
     double one = 0, two = 0, every = 0, gradient = 0;
     for (const auto& [name, unit] : units) {
       gradient = std::max(gradient, unit.gradient);
-      if (name == Store::kEmbedding || name == Store::kOutput) continue;
+      if (name == kEmbeddingUnit || name == kOutputUnit) continue;
       every += unit.whole;
       if (unit.whole > one) two = std::exchange(one, unit.whole);
       else two = std::max(two, unit.whole);
     }
     const bool again = pp == mesh.pp - 1 && (plan.head || plan.model.tie_embeddings);
-    memory.gathered = (config.parallelism.reshard_after_forward ? one + two : every) + units[Store::kOutput].whole + (again ? units[Store::kEmbedding].whole : 0);
-    memory.gathered = std::max(memory.gathered, units[Store::kEmbedding].whole) + gradient;
+    memory.gathered = (config.parallelism.reshard_after_forward ? one + two : every) + units[kOutputUnit].whole + (again ? units[kEmbeddingUnit].whole : 0);
+    memory.gathered = std::max(memory.gathered, units[kEmbeddingUnit].whole) + gradient;
 
     double in_flight = 0, most = 0, again_once = 0;
     for (size_t stage = static_cast<size_t>(pp); stage < num_stages; stage += static_cast<size_t>(mesh.pp)) again_once = std::max(again_once, largest[stage]);

@@ -1,26 +1,8 @@
 // Memory of one rank, from the plan's rows alone.
 #pragma once
-#include "parallel/mesh_groups.hpp"
 #include "plan/plan.hpp"
 
 namespace tessera {
-
-// One flat buffer of a rank as the store lays it out: the parameters of a unit that are reduced, computed and decayed alike.
-struct PlannedBuffer {
-  std::string unit;
-  bool experts = false, fp32 = false, decay = false, trainable = true;
-  int64_t length = 0;  // elements of the whole buffer, padding included
-  int64_t ranks = 1;   // that share it in equal parts
-  int64_t own() const { return length / ranks; }
-  int64_t element_bytes(bool bf16) const { return bf16 && !fp32 ? 2 : 4; }  // of what is computed with
-  // Of the own part: what other ranks hold alike.
-  struct Shared {
-    std::string group;
-    int64_t ranks = 1, elements = 0;
-  };
-  std::vector<Shared> shared;
-};
-std::vector<PlannedBuffer> plan_buffers(const ModelPlan& plan, const std::vector<std::string>& freeze, const Mesh& mesh, const Place& place);
 
 // Bytes of a rank.
 struct MemoryPlan {

@@ -8,10 +8,10 @@
 
 #include "layers/cross_entropy.hpp"
 #include "layers/pieces.hpp"
+#include "plan/buffers.hpp"
 #include "plan/memory.hpp"
-#include "store/store.hpp"
+#include "plan/schedule.hpp"
 #include "tessera/context_cut.hpp"
-#include "train/pipeline.hpp"
 
 namespace tessera {
 
@@ -58,8 +58,8 @@ Tokens tokens_of(int64_t rows, int64_t seq_len, const Mesh& mesh, const Place& p
 class Step {
  public:
   Step(const ModelPlan& plan, const Config& config, const Mesh& mesh, const Place& place)
-      : plan_(plan), config_(config), mesh_(mesh), place_(place), bf16_(config.training.dtype == "bfloat16"), buffers_(plan_buffers(plan, config.training.freeze, mesh, place)) {
-    for (const PlannedBuffer& buffer : buffers_) units_[buffer.unit].push_back(&buffer);
+      : plan_(plan), config_(config), mesh_(mesh), place_(place), bf16_(config.training.dtype == "bfloat16"), buffers_(flat_buffers(plan, config.training.freeze, mesh, place)) {
+    for (const FlatBuffer& buffer : buffers_) units_[buffer.unit].push_back(&buffer);
     last_ = place.pp == mesh.pp - 1;
     const auto read = [&](const std::vector<LayerPlan>& layers) {
       for (const LayerPlan& layer : layers) exchanges_[&layer] = layer.type->exchanges(layer.config, plan.env);
@@ -100,21 +100,21 @@ class Step {
   void gather(const std::string& group, int64_t size, int64_t bytes, bool reverse) {
     if (size > 1 && bytes > 0) add(group, reverse ? "reduce_scatter" : "all_gather", (size - 1) * bytes);
   }
-  std::string shard_group(const PlannedBuffer& buffer) const { return buffer.experts ? "expert copies" : mesh_.cp > 1 ? "dp_shard x cp" : "dp_shard"; }
+  std::string shard_group(const FlatBuffer& buffer) const { return buffer.experts ? "expert copies" : mesh_.cp > 1 ? "dp_shard x cp" : "dp_shard"; }
 
   void gather_unit(const std::string& unit) {
     if (!prefetched_.erase(unit)) gather_buffers(unit);
   }
   void gather_buffers(const std::string& unit) {
-    for (const PlannedBuffer* buffer : units_.at(unit)) gather(shard_group(*buffer), buffer->ranks, buffer->own() * buffer->element_bytes(bf16_), false);
+    for (const FlatBuffer* buffer : units_.at(unit)) gather(shard_group(*buffer), buffer->ranks, buffer->size() * buffer->element_bytes(bf16_), false);
   }
   void prefetch(const std::string& unit) {
     if (units_.contains(unit) && prefetched_.insert(unit).second) gather_buffers(unit);
   }
   void reduce_unit(const std::string& unit) {
     const bool narrow = config_.parallelism.reduce_dtype != "float32";
-    for (const PlannedBuffer* buffer : units_.at(unit))
-      if (buffer->trainable) gather(shard_group(*buffer), buffer->ranks, buffer->own() * (narrow ? buffer->element_bytes(bf16_) : 4), true);
+    for (const FlatBuffer* buffer : units_.at(unit))
+      if (buffer->trainable) gather(shard_group(*buffer), buffer->ranks, buffer->size() * (narrow ? buffer->element_bytes(bf16_) : 4), true);
   }
 
   // One stage's pass, or the whole model's where stage is -1.
@@ -135,9 +135,9 @@ class Step {
   }
 
   void embed(const Tokens& t, bool forward) {
-    if (forward) gather_unit(Store::kEmbedding);
-    else if (!units_.at(Store::kEmbedding).front()->trainable) return;
-    else reduce_unit(Store::kEmbedding);
+    if (forward) gather_unit(kEmbeddingUnit);
+    else if (!units_.at(kEmbeddingUnit).front()->trainable) return;
+    else reduce_unit(kEmbeddingUnit);
     gather("tp", mesh_.tp, ceil_div(t.pieces, mesh_.tp) * plan_.env.hidden_size * 4, forward);
   }
 
@@ -149,8 +149,8 @@ class Step {
         for (const int64_t bytes : {4, 8}) all_reduce("tp", mesh_.tp, bytes * std::min(chunk, n - row));
     };
     const auto output = [&] {
-      for (const char* unit : {Store::kOutput, Store::kEmbedding}) {
-        if (unit == Store::kEmbedding && !plan_.model.tie_embeddings) continue;
+      for (const char* unit : {kOutputUnit, kEmbeddingUnit}) {
+        if (unit == kEmbeddingUnit && !plan_.model.tie_embeddings) continue;
         forward ? gather_unit(unit) : reduce_unit(unit);
       }
     };
@@ -222,7 +222,7 @@ class Step {
   std::pair<std::string, int64_t> group_of(const Exchange& x) const {
     switch (x.over) {
       case Exchange::Over::kTensor: return {"tp", mesh_.tp};
-      case Exchange::Over::kTensorPart: return {x.part == mesh_.tp ? "tp" : fmt::format("tp/{}", mesh_.tp / x.part), x.part};
+      case Exchange::Over::kTensorPart: return {part_name(mesh_, Axis::kTensor, x.part), x.part};
       case Exchange::Over::kContext: return {"cp", mesh_.cp};
       case Exchange::Over::kSequence: return {"cp x tp", mesh_.cp * mesh_.tp};
       case Exchange::Over::kExperts: return {"ep", mesh_.ep * mesh_.etp};
@@ -236,10 +236,11 @@ class Step {
     const int64_t passes = plan_.head ? static_cast<int64_t>(plan_.head->passes.size()) : 0, stage = mesh_.size() / mesh_.pp;
     all_reduce("dp_replicate x dp_shard", mesh_.dp_replicate * mesh_.dp_shard, 8 * 3 * (1 + passes));
     std::map<std::pair<std::string, int64_t>, int64_t> alike;
-    for (const PlannedBuffer& buffer : buffers_) {
+    for (const FlatBuffer& buffer : buffers_) {
       if (!buffer.trainable) continue;
-      for (const PlannedBuffer::Shared& shared : buffer.shared) alike[{shared.group, shared.ranks}] += 4 * shared.elements;
-      all_reduce("dp_replicate", mesh_.dp_replicate, 4 * buffer.own());
+      for (const FlatBuffer::Shared& shared : buffer.shared)
+        alike[{shared.axis ? part_name(mesh_, *shared.axis, shared.ranks) : "ends", shared.ranks}] += 4 * (shared.range.end - shared.range.begin);
+      all_reduce("dp_replicate", mesh_.dp_replicate, 4 * buffer.size());
     }
     for (const auto& [group, bytes] : alike) all_reduce(group.first, group.second, bytes);
     all_reduce("world", mesh_.size(), 8);
@@ -269,8 +270,8 @@ class Step {
   const Mesh& mesh_;
   Place place_;
   bool bf16_, last_ = false;
-  std::vector<PlannedBuffer> buffers_;
-  std::map<std::string, std::vector<const PlannedBuffer*>> units_;
+  std::vector<FlatBuffer> buffers_;
+  std::map<std::string, std::vector<const FlatBuffer*>> units_;
   std::map<const LayerPlan*, ExchangeTable> exchanges_;
   std::set<std::string> prefetched_;
 };

@@ -9,12 +9,6 @@
 
 namespace tessera {
 
-namespace {
-
-at::Tensor view_of(const at::Tensor& flat, const FlatGroup::Slot& slot) { return flat.narrow(0, slot.offset, slot.part.size()).view(slot.part.shape()); }
-
-}  // namespace
-
 class Lease {
  public:
   Lease(Store& store, FlatGroup& group) : store_(store), group_(group) {
@@ -226,18 +220,17 @@ void Store::add_gradients(FlatGroup& group, const std::vector<at::Tensor>& grads
     for (size_t i = 0; i < grads.size(); ++i)
       if (grads[i].defined()) view_of(flat, group.slots[i]).copy_(grads[i]);
     reduction_.group = &group;
-    reduction_.part = at::empty({group.own.end - group.own.begin}, options);
+    reduction_.part = at::empty({group.size()}, options);
     reduction_.flight = group.shard->start_reduce_scatter(reduction_.part, flat);
     return;
   }
   if (!group.grad.defined()) group.grad = at::zeros({group.data.numel()}, group.data.options().requires_grad(false));
   for (size_t i = 0; i < grads.size(); ++i) {
     if (!grads[i].defined()) continue;
-    FlatGroup::Slot& slot = group.slots[i];
-    at::Tensor into = view_of(group.grad, slot);
-    if (slot.has_grad) into.add_(grads[i]);
+    at::Tensor into = view_of(group.grad, group.slots[i]);
+    if (group.has_grad[i]) into.add_(grads[i]);
     else into.copy_(grads[i]);
-    slot.has_grad = true;
+    group.has_grad[i] = true;
   }
 }
 
@@ -245,10 +238,10 @@ void Store::finish_reduction() {
   if (!reduction_.group) return;
   FlatGroup& group = *reduction_.group;
   reduction_.flight->wait();
-  if (group.slots.front().has_grad) group.grad.add_(reduction_.part);
+  if (group.has_grad.front()) group.grad.add_(reduction_.part);
   else if (group.grad.defined()) group.grad.copy_(reduction_.part);
   else group.grad = reduction_.part.to(at::kFloat);
-  for (FlatGroup::Slot& slot : group.slots) slot.has_grad = true;
+  group.has_grad.assign(group.slots.size(), true);
   reduction_ = {};
 }
 

@@ -14,42 +14,26 @@
 
 namespace tessera {
 
-namespace {
-
-bool matches(const std::string& name, const std::vector<std::string>& prefixes) {
-  for (const std::string& prefix : prefixes)
-    if (name.starts_with(prefix)) return true;
-  return false;
-}
-
-at::Tensor slot_view(const at::Tensor& flat, const FlatGroup::Slot& slot) { return flat.narrow(0, slot.offset, slot.part.size()).view(slot.part.shape()); }
-
-constexpr int64_t kAlign = 16;  // elements: views begin at 64 bytes
-
-int64_t aligned(int64_t n) { return (n + kAlign - 1) / kAlign * kAlign; }
-
-Range common(Range a, Range b) { return {std::max(a.begin, b.begin), std::min(a.end, b.end)}; }
-
-}  // namespace
-
 Store::Store(const ModelPlan& plan, at::Device device, at::ScalarType compute_dtype, const std::vector<std::string>& freeze, const MeshGroups* groups,
              const StoreOptions& options)
     : plan_(&plan), device_(device), compute_dtype_(compute_dtype), freeze_(freeze), ranks_(groups), options_(options) {
   if (device.is_cpu() && !groups) require_memory(plan);
-  const int64_t stages = groups ? groups->mesh().pp : 1, stage = groups ? groups->place().pp : 0;
-  const bool first = stage == 0, last = stage == stages - 1, embeds_again = plan.head || plan.model.tie_embeddings;
-  if (first || (last && embeds_again)) add_unit(kEmbedding, "", plan.embedding, {});
-  if (last) add_unit(kOutput, "", plan.output, {});
-  auto stack = [&](const std::vector<LayerPlan>& layers, bool main) {
-    for (const LayerPlan& layer : layers)
-      if (layer.weights_of == layer.index && (!main || layer.stage % stages == stage)) add_unit(layer.prefix, layer.prefix, layer.params, layer.buffers);
-  };
-  stack(plan.layers, true);
-  if (plan.head && last)
-    for (const HeadSet& set : plan.head->sets) {
-      add_unit(set.prefix, set.prefix, set.params, {});
-      stack(set.layers, false);
+  const Mesh mesh = groups ? groups->mesh() : Mesh{};
+  const Place place = groups ? groups->place() : Place{};
+  for (const Unit& unit : units_of(plan, mesh, place)) {
+    std::vector<FlatGroup*>& of_unit = units_[unit.key];
+    for (FlatBuffer& layout : flat_buffers(unit, freeze, mesh, place)) {
+      FlatGroup& group = groups_.emplace_back(std::move(layout));
+      of_unit.push_back(&group);
+      if (groups) group.shard = group.experts ? groups->expert_shard() : groups->shard();
+      group.data = at::zeros({group.size()}, at::TensorOptions(at::kFloat).device(device_));
+      group.data.set_requires_grad(group.trainable);
+      for (size_t i = 0; i < group.slots.size(); ++i) slots_[group.slots[i].name] = {&group, i};
     }
+    Buffers& own = buffers_[unit.key];
+    if (unit.buffers)
+      for (const Buffer& buffer : *unit.buffers) own[buffer.name] = at::full(buffer.shape, buffer.init, at::TensorOptions(at::kFloat).device(device_));
+  }
   for (const std::string& prefix : freeze) {
     bool used = false;
     for (const TensorRow& row : tensor_rows(plan)) used = used || (row.param && row.name.starts_with(prefix));
@@ -57,64 +41,7 @@ Store::Store(const ModelPlan& plan, at::Device device, at::ScalarType compute_dt
   }
 }
 
-void Store::add_unit(const std::string& unit, const std::string& prefix, const ParamTable& params, const BufferTable& buffers) {
-  auto& groups = units_[unit];
-  const Mesh mesh = ranks_ ? ranks_->mesh() : Mesh{};
-  const Place place = ranks_ ? ranks_->place() : Place{};
-  for (const Param& param : params) {
-    const bool experts = is_expert(param), trainable = this->trainable(prefix + param.name);
-    FlatGroup* group = nullptr;
-    for (FlatGroup* g : groups)
-      if (g->experts == experts && g->fp32 == param.fp32 && g->decay == param.decay && g->trainable == trainable) group = g;
-    if (!group) {
-      group = &groups_.emplace_back(FlatGroup{.unit = unit, .experts = experts, .fp32 = param.fp32, .decay = param.decay, .trainable = trainable});
-      groups.push_back(group);
-    }
-    const int64_t end = group->slots.empty() ? 0 : aligned(group->slots.back().range().end);
-    group->slots.push_back({.name = prefix + param.name, .row = &param, .part = LocalPart(param, mesh, place), .offset = end});
-    slots_[prefix + param.name] = {group, group->slots.size() - 1};
-  }
-  const bool on_both_ends = unit == kEmbedding && mesh.pp > 1 && (plan_->head || plan_->model.tie_embeddings);
-  for (FlatGroup* group : groups) lay_out(*group, on_both_ends);
-  Buffers& own = buffers_[unit];
-  for (const Buffer& buffer : buffers) own[buffer.name] = at::full(buffer.shape, buffer.init, at::TensorOptions(at::kFloat).device(device_));
-}
-
-// Cuts the buffer over its ranks, and lists what of it other ranks hold alike.
-void Store::lay_out(FlatGroup& group, bool on_both_ends) {
-  if (ranks_) group.shard = group.experts ? ranks_->expert_shard() : ranks_->shard();
-  const int64_t ranks = group.shard ? group.shard->size() : 1, rank = group.shard ? group.shard->rank() : 0, end = group.slots.back().range().end;
-  group.length = group.shard ? aligned((end + ranks - 1) / ranks) * ranks : end;
-  group.own = {group.length / ranks * rank, group.length / ranks * (rank + 1)};
-  group.data = at::zeros({group.own.end - group.own.begin}, at::TensorOptions(at::kFloat).device(device_));
-  group.data.set_requires_grad(group.trainable);
-  if (!ranks_) return;
-
-  std::vector<Range> others;  // counted by another rank
-  const Place& place = ranks_->place();
-  for (const FlatGroup::Slot& slot : group.slots)
-    for (const SharedElements& shared : slot.part.shared()) {
-      const Range range = common({slot.offset + shared.elements.begin, slot.offset + shared.elements.end}, group.own);
-      if (range.begin >= range.end) continue;
-      const Range own{range.begin - group.own.begin, range.end - group.own.begin};
-      const Group* with = shared.axis == Axis::kTensor ? ranks_->tensor_part(shared.size) : ranks_->expert_part(shared.axis, shared.size);
-      const int64_t at = shared.axis == Axis::kTensor ? place.tp : shared.axis == Axis::kExpert ? place.ep : place.etp;
-      group.shared.push_back({own, with});
-      if (at % shared.size != 0) others.push_back(own);
-    }
-  const Range all{0, group.data.numel()};
-  if (on_both_ends) {
-    group.shared.push_back({all, ranks_->ends()});
-    if (place.pp != 0) return;
-  }
-  std::sort(others.begin(), others.end(), [](const Range& a, const Range& b) { return a.begin < b.begin; });
-  int64_t at = 0;
-  for (const Range& range : others) {
-    if (at < range.begin) group.counted.push_back({at, range.begin});
-    at = std::max(at, range.end);
-  }
-  if (at < all.end) group.counted.push_back({at, all.end});
-}
+const Group* Store::partners(const FlatBuffer::Shared& shared) const { return shared.axis ? ranks_->part(*shared.axis, shared.ranks) : ranks_->ends(); }
 
 void Store::initialise(int64_t seed) {
   at::NoGradGuard no_grad;
@@ -142,14 +69,14 @@ std::pair<FlatGroup*, FlatGroup::Slot*> Store::find(const std::string& name) con
 at::Tensor Store::slot_view(const std::string& name, const Flat& flat) const {
   auto [group, slot] = find(name);
   if (group->shard || !slot->part.whole()) throw Error(ExitCode::kRuntime, fmt::format("'{}' does not lie whole on this rank", name));
-  return tessera::slot_view(flat(*group).detach(), *slot);
+  return view_of(flat(*group).detach(), *slot);
 }
 
 at::Tensor Store::parameter(const std::string& name) const { return slot_view(name, masters); }
 
 at::Tensor Store::gradient(const std::string& name) {
   auto [group, slot] = find(name);
-  if (!group->grad.defined() || !slot->has_grad) return at::zeros(slot->row->shape, group->data.options().requires_grad(false));
+  if (!group->grad.defined() || !group->has_grad[static_cast<size_t>(slot - group->slots.data())]) return at::zeros(slot->row->shape, group->data.options().requires_grad(false));
   return slot_view(name, gradients);
 }
 
@@ -162,7 +89,7 @@ at::Tensor Store::buffer(const std::string& name) const {
   throw Error(ExitCode::kRuntime, fmt::format("the model has no buffer '{}'", name));
 }
 
-bool Store::trainable(const std::string& name) const { return !matches(name, freeze_); }
+bool Store::trainable(const std::string& name) const { return !frozen(name, freeze_); }
 
 bool Store::has(const std::string& name) const {
   if (slots_.contains(name)) return true;
@@ -209,8 +136,7 @@ at::Tensor Store::whole(const std::string& name, const Flat& flat) const {
 }
 
 void Store::zero_grad() {
-  for (FlatGroup& group : groups_)
-    for (FlatGroup::Slot& slot : group.slots) slot.has_grad = false;
+  for (FlatGroup& group : groups_) group.has_grad.assign(group.slots.size(), false);
 }
 
 void Store::finish_grad() {
@@ -219,23 +145,24 @@ void Store::finish_grad() {
   for (FlatGroup& group : groups_) {
     if (!group.trainable) continue;
     if (!group.grad.defined()) group.grad = at::zeros({group.data.numel()}, group.data.options().requires_grad(false));
-    for (FlatGroup::Slot& slot : group.slots) {
-      if (slot.has_grad) continue;
-      const Range own = common(slot.range(), group.own);
+    for (size_t i = 0; i < group.slots.size(); ++i) {
+      if (group.has_grad[i]) continue;
+      const Range own = common(group.slots[i].range(), group.own);
       if (own.begin < own.end) group.grad.narrow(0, own.begin - group.own.begin, own.end - own.begin).zero_();
     }
   }
   if (!ranks_) return;
   ranks_->whereabouts().place = "the sum of gradients";
-  std::vector<const Group*> partners;  // in the order of the plan, alike on all of them
-  for (const FlatGroup& group : groups_)
-    for (const FlatGroup::Shared& shared : group.shared)
-      if (group.trainable && std::find(partners.begin(), partners.end(), shared.ranks) == partners.end()) partners.push_back(shared.ranks);
-  for (const Group* partner : partners) {
-    std::vector<at::Tensor> parts;
-    for (FlatGroup& group : groups_)
-      for (const FlatGroup::Shared& shared : group.shared)
-        if (group.trainable && shared.ranks == partner) parts.push_back(group.grad.narrow(0, shared.range.begin, shared.range.end - shared.range.begin));
+  std::vector<std::pair<const Group*, std::vector<at::Tensor>>> alike;  // in the order of the plan, the same on all partners
+  for (FlatGroup& group : groups_)
+    for (const FlatGroup::Shared& shared : group.shared) {
+      if (!group.trainable) continue;
+      const Group* with = partners(shared);
+      auto found = std::find_if(alike.begin(), alike.end(), [&](const auto& entry) { return entry.first == with; });
+      if (found == alike.end()) found = alike.insert(found, {with, {}});
+      found->second.push_back(group.grad.narrow(0, shared.range.begin, shared.range.end - shared.range.begin));
+    }
+  for (const auto& [partner, parts] : alike) {
     const at::Tensor sum = at::cat(parts);
     partner->all_reduce(sum);
     int64_t at = 0;

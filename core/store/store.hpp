@@ -11,44 +11,25 @@
 #include <string>
 #include <vector>
 
-#include "plan/plan.hpp"
-#include "store/placement.hpp"
+#include "plan/buffers.hpp"
 #include "tessera/weights.hpp"
 
 namespace tessera {
 
-// One flat buffer: the parameters of one unit (a layer, the embedding, the output, a head's own) that are reduced, computed and decayed alike.
-struct FlatGroup {
-  std::string unit;           // see Store::units
-  bool experts = false;       // reduced over the copies of an expert, not over all data ranks
-  bool fp32 = false;          // computed in fp32 in every dtype
-  bool decay = false;
-  bool trainable = true;
-  struct Slot {
-    std::string name;         // full checkpoint name
-    const Param* row = nullptr;
-    LocalPart part;           // what tensor and expert axes leave this rank
-    int64_t offset = 0;       // elements
-    bool has_grad = false;    // written since the last zero_grad
-    Range range() const { return {offset, offset + part.size()}; }
-  };
-  std::vector<Slot> slots;
+// One flat buffer and its tensors, of what this rank holds of it.
+struct FlatGroup : FlatBuffer {
+  explicit FlatGroup(FlatBuffer layout) : FlatBuffer(std::move(layout)), has_grad(slots.size(), false) {}
   const Group* shard = nullptr;  // the ranks that share the buffer; nullptr: it is whole here
-  int64_t length = 0;         // elements of the whole buffer
-  Range own;                  // of them held here: what the tensors below hold
   at::Tensor data;            // fp32, master
   at::Tensor compute;         // in the compute dtype; undefined when the master itself is computed with
   bool stale = true;          // compute must be refreshed from data
   at::Tensor grad;            // fp32; allocated with the first backward pass
   at::Tensor exp_avg, exp_avg_sq;  // fp32; allocated with the first optimizer step
-  // Of `own`, by its own index: what other ranks hold alike.
-  struct Shared {
-    Range range;
-    const Group* ranks;
-  };
-  std::vector<Shared> shared;
-  std::vector<Range> counted;  // of `own`: what this rank counts in sums over all ranks, so that everything counts once
+  std::vector<bool> has_grad;      // by slot: written since the last zero_grad
 };
+
+// A parameter's part in a tensor of a whole flat buffer.
+inline at::Tensor view_of(const at::Tensor& flat, const FlatBuffer::Slot& slot) { return flat.narrow(0, slot.offset, slot.part.size()).view(slot.part.shape()); }
 
 // Which tensor of a flat buffer is meant.
 using Flat = std::function<at::Tensor&(FlatGroup&)>;
@@ -76,9 +57,7 @@ class Store {
   // Initial values from the rows. They depend on (seed, tensor name, element index) only.
   void initialise(int64_t seed);
 
-  // The keys of units: a layer's or head's prefix, and these two for what is no layer's.
-  static constexpr const char* kEmbedding = "embedding";  // embedding.weight
-  static constexpr const char* kOutput = "output";        // final_norm.weight, lm_head.weight
+  // By the keys of units, see plan/buffers.hpp.
   bool holds(const std::string& unit) const { return units_.contains(unit); }
 
   // Handles of one unit's parameters in the compute dtype, and its buffers. Under grad mode the views are differentiable and
@@ -127,8 +106,7 @@ class Store {
  private:
   friend class Lease;
   friend struct GatherFunction;
-  void add_unit(const std::string& unit, const std::string& prefix, const ParamTable& params, const BufferTable& buffers);
-  void lay_out(FlatGroup& group, bool on_both_ends);
+  const Group* partners(const FlatBuffer::Shared& shared) const;
   void refresh(FlatGroup& group);                  // its compute copy, where it has one
   const Weights& plain(const std::string& unit);   // a unit's parameters outside grad mode, where nothing is gathered
   LeasePtr lease(FlatGroup& group);                // prefetched, or begun now

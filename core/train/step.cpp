@@ -196,7 +196,7 @@ std::string diagnose_nonfinite(Model& model, const std::vector<Batch>& micro_bat
   size_t index = 0;
   for (FlatGroup& group : model.store().groups()) {
     if (broken[index++] == 0) continue;
-    const bool stem = group.unit == Store::kEmbedding || group.unit == Store::kOutput;
+    const bool stem = group.unit == kEmbeddingUnit || group.unit == kOutputUnit;
     std::string unit = stem ? group.slots.back().name : group.unit.substr(0, group.unit.size() - 1);
     if (place.empty() || !stem) place = unit;
   }

@@ -134,7 +134,7 @@ TEST(Store, ComputeCopiesFollowTheMasters) {
   built.store.touch();
   EXPECT_EQ(view().to(at::kFloat).mean().item<float>(), 3);
   EXPECT_EQ(built.store.gather("layers.1.")["gate.weight"].tensor().scalar_type(), at::kFloat);
-  EXPECT_EQ(built.store.gather(Store::kEmbedding)["embedding.weight"].tensor().scalar_type(), at::kFloat);
+  EXPECT_EQ(built.store.gather(kEmbeddingUnit)["embedding.weight"].tensor().scalar_type(), at::kFloat);
 }
 
 TEST(Store, FrozenViewsNeedNoGradient) {

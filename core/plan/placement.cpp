@@ -1,4 +1,4 @@
-#include "store/placement.hpp"
+#include "plan/placement.hpp"
 
 #include <ATen/ops/cat.h>
 #include <fmt/format.h>
@@ -10,15 +10,6 @@
 namespace tessera {
 
 namespace {
-
-int64_t coordinate(const Place& place, Axis axis) {
-  switch (axis) {
-    case Axis::kTensor: return place.tp;
-    case Axis::kExpert: return place.ep;
-    case Axis::kExpertTensor: return place.etp;
-  }
-  return 0;
-}
 
 int64_t length(const std::vector<Range>& ranges) {
   int64_t total = 0;

@@ -41,6 +41,9 @@ class LocalPart {
   bool whole_ = true;
 };
 
+// What two ranges have in common; begin >= end where that is nothing.
+inline Range common(Range a, Range b) { return {a.begin > b.begin ? a.begin : b.begin, a.end < b.end ? a.end : b.end}; }
+
 // Whether an axis of the experts' view cuts it: such parameters are reduced over the copies of an expert and not over all data ranks.
 bool is_expert(const Param& param);
 
