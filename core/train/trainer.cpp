@@ -266,15 +266,38 @@ class Run {
 
   // Expert load and imbalance of every layer that counts, and the residual stream's RMS by layer.
   void add_details(json& line, const StepResult& result, const std::vector<Batch>& batches) {
+    json details = json::object();
     for (const auto& [prefix, counts] : result.counts)
       for (const auto& [name, count] : counts) {
         const at::Tensor host = count.to(at::kCPU, at::kDouble);
         const double mean = host.mean().item<double>();
         const std::string key = prefix + name;
-        line[key + ".imbalance"] = mean > 0 ? host.max().item<double>() / mean : 0.0;
-        line[key] = std::vector<double>(host.const_data_ptr<double>(), host.const_data_ptr<double>() + host.numel());
+        details[key + ".imbalance"] = mean > 0 ? host.max().item<double>() / mean : 0.0;
+        details[key] = std::vector<double>(host.const_data_ptr<double>(), host.const_data_ptr<double>() + host.numel());
       }
+    line.update(of_all_stages(details));
     if (mesh_.pp == 1) line["residual_rms"] = model_->residual_norms(batches.front());
+  }
+
+  // What each stage says of its own layers, together.
+  json of_all_stages(const json& own) const {
+    if (!ranks_ || !ranks_->pipe()) return own;
+    const Group& pipe = *ranks_->pipe();
+    ranks_->whereabouts().place = "the details of a step";
+    const std::vector<uint8_t> bytes = json::to_cbor(own);
+    const at::Tensor most = at::full({1}, static_cast<int64_t>(bytes.size()), at::TensorOptions(at::kLong).device(device_));
+    pipe.all_reduce(most, Reduce::kMax);
+    const int64_t room = most.item<int64_t>();
+    const at::Tensor text = at::full({room}, 0, at::kByte), all = at::full({room * pipe.size()}, 0, at::TensorOptions(at::kByte).device(device_));
+    std::copy(bytes.begin(), bytes.end(), text.mutable_data_ptr<uint8_t>());
+    pipe.all_gather(all, text.to(device_));
+    const at::Tensor host = all.to(at::kCPU);
+    json together = json::object();
+    for (int64_t stage = 0; stage < pipe.size(); ++stage) {
+      const uint8_t* from = host.const_data_ptr<uint8_t>() + stage * room;
+      together.update(json::from_cbor(from, from + room, /*strict=*/false));
+    }
+    return together;
   }
 
   void progress(const json& line, bool live, double seconds_per_step) {
