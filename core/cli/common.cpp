@@ -32,7 +32,7 @@ std::unique_ptr<Runnable> open_runnable(const std::string& folder, const std::ve
   Issues issues;
   if (ranks) check_config(loaded.config, mesh, issues);
   issues.raise();
-  const at::Device device = choose_device(loaded.config.training.device);
+  const at::Device device = choose_device(loaded.config.training.device, ranks);
   auto runnable = std::make_unique<Runnable>(Runnable{.registry = std::move(loaded.registry), .checkpoint = std::move(checkpoint), .config = std::move(loaded.config)});
   runnable->plan = make_plan(runnable->config, mesh);
   runnable->store = std::make_unique<Store>(runnable->plan, device, choose_dtype(runnable->config.training.dtype, device), std::vector<std::string>{}, ranks);
@@ -74,7 +74,8 @@ void add_mesh(CLI::App& verb, std::string& mesh) {
 
 int over_ranks(const std::string& text, const std::function<int(const MeshGroups*)>& work) {
   const Mesh mesh = parse_mesh(text);
-  const World world = rendezvous(std::chrono::minutes(10));
+  World world = rendezvous(std::chrono::minutes(10));
+  world.compute = choose_device("auto", world.local_rank);
   const double ranks = 1.0 * mesh.pp * mesh.dp_replicate * mesh.dp_shard * mesh.cp * mesh.tp;  // may be more than 64 bits hold
   const std::string another = fmt::format("--mesh dp_shard={}", world.size);
   if (text.empty() && world.size > 1)
@@ -87,7 +88,7 @@ int over_ranks(const std::string& text, const std::function<int(const MeshGroups
   Watch watch(world);
   watch.set_mesh(mesh);
   return watch.run([&] {
-    agree(world, {{"build", TESSERA_VERSION " " TESSERA_BUILD_KEY}, {"mesh", mesh_text(mesh)}});
+    agree(world, {{"build", TESSERA_VERSION " " TESSERA_BUILD_KEY}, {"device", world.compute.is_cuda() ? "cuda" : "cpu"}, {"mesh", mesh_text(mesh)}});
     groups = std::make_unique<MeshGroups>(world, mesh);
     const int code = work(groups.get());
     return world.rank == 0 ? code : 0;

@@ -108,7 +108,7 @@ const char* axis_of(const Group& group, const MeshGroups& ranks) {
 class Verifier {
  public:
   Verifier(const Config& config, const Inputs& inputs, const fs::path& folder, const MeshGroups* ranks)
-      : config_(config), in_(inputs), ranks_(ranks), mesh_(ranks ? ranks->mesh() : Mesh{}), plan_(make_plan(config, mesh_)), device_(choose_device(config.training.device)),
+      : config_(config), in_(inputs), ranks_(ranks), mesh_(ranks ? ranks->mesh() : Mesh{}), plan_(make_plan(config, mesh_)), device_(choose_device(config.training.device, ranks)),
         store_(plan_, device_, choose_dtype(config.training.dtype, device_), config.training.freeze, ranks),
         model_(plan_, store_, recomputed_bindings(config.activation_checkpoint)) {
     load_hf(folder, plan_, store_);

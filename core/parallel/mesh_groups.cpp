@@ -5,6 +5,7 @@
 #include <torch/csrc/distributed/c10d/Backend.hpp>
 #include <torch/csrc/distributed/c10d/PrefixStore.hpp>
 
+#include "parallel/shared_rings.hpp"
 #include "tessera/error.hpp"
 
 namespace tessera {
@@ -77,7 +78,11 @@ std::unique_ptr<Group> MeshGroups::make(const std::string& name, const std::vect
   const auto size = static_cast<int64_t>(ranks.size());
   try {
     const auto store = c10::make_intrusive<c10d::PrefixStore>(fmt::format("{}/{}/", name, fmt::join(ranks, "-")), world_.store);
-    return make_backend_group(name, ranks, here, world_.whereabouts, gloo_backend(store, here, size, world_.device, world_.timeout), /*sums_itself=*/false);
+    if (world_.compute.is_cuda()) return make_backend_group(name, ranks, here, world_.whereabouts, nccl_backend(store, here, size, world_.compute, world_.timeout));
+    auto rings = world_.shares_memory ? SharedRings::meet(store, here, size, world_.timeout) : nullptr;
+    return make_pairwise_group(name, ranks, here, world_.whereabouts, gloo_backend(store, here, size, world_.device, world_.timeout), std::move(rings));
+  } catch (const Error&) {
+    throw;
   } catch (const std::exception& error) {
     const std::string why = error.what();
     throw Error(ExitCode::kCollective, fmt::format("rank {} could not meet ranks {} of {}: {}", place_.rank, fmt::join(ranks, ", "), name, why.substr(0, why.find('\n'))));

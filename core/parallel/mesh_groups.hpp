@@ -37,8 +37,9 @@ struct World {
   int64_t local_rank = 0, local_size = 1;  // on this machine
   c10::intrusive_ptr<c10d::Store> store;   // shared by all ranks
   std::shared_ptr<gloo::transport::Device> device;
-  at::Device compute = at::kCPU;           // NCCL where it is a GPU
+  at::Device compute = at::kCPU;           // alike on all ranks: groups go over NCCL where it is a GPU, else over Gloo
   std::chrono::milliseconds timeout{600000};
+  bool shares_memory = true;               // with ranks of the same machine, where the system lets it
   std::shared_ptr<Whereabouts> whereabouts = std::make_shared<Whereabouts>();
 };
 

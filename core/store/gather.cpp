@@ -216,11 +216,20 @@ void Store::add_gradients(FlatGroup& group, const std::vector<at::Tensor>& grads
     finish_reduction();
     const auto dtype = options_.reduce_in_fp32 || !group.compute.defined() ? at::kFloat : group.compute.scalar_type();
     const auto options = group.data.options().requires_grad(false).dtype(dtype);
-    at::Tensor flat = at::zeros({group.length}, options);
-    for (size_t i = 0; i < grads.size(); ++i)
-      if (grads[i].defined()) view_of(flat, group.slots[i]).copy_(grads[i]);
+    const at::Tensor flat = at::empty({group.length}, options);
+    int64_t end = 0;
+    const auto fill = [&](int64_t until) {
+      if (end < until) flat.narrow(0, end, until - end).zero_();
+    };
+    for (size_t i = 0; i < grads.size(); ++i) {
+      if (!grads[i].defined()) continue;
+      fill(group.slots[i].offset);
+      view_of(flat, group.slots[i]).copy_(grads[i]);
+      end = group.slots[i].range().end;
+    }
+    fill(group.length);
     reduction_.group = &group;
-    reduction_.part = at::empty({group.size()}, options);
+    reduction_.part = dtype == at::kFloat && group.grad.defined() && !group.has_grad.front() ? group.grad : at::empty({group.size()}, options);
     reduction_.flight = group.shard->start_reduce_scatter(reduction_.part, flat);
     return;
   }
@@ -239,8 +248,8 @@ void Store::finish_reduction() {
   FlatGroup& group = *reduction_.group;
   reduction_.flight->wait();
   if (group.has_grad.front()) group.grad.add_(reduction_.part);
-  else if (group.grad.defined()) group.grad.copy_(reduction_.part);
-  else group.grad = reduction_.part.to(at::kFloat);
+  else if (!group.grad.defined()) group.grad = reduction_.part.to(at::kFloat);
+  else if (!group.grad.is_same(reduction_.part)) group.grad.copy_(reduction_.part);
   group.has_grad.assign(group.slots.size(), true);
   reduction_ = {};
 }

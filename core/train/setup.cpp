@@ -12,11 +12,24 @@
 
 namespace tessera {
 
-at::Device choose_device(const std::string& device) {
+at::Device choose_device(const std::string& device, int64_t local_rank) {
   const bool cuda = at::globalContext().hasCUDA();
   if (device == "cuda" && !cuda)
     throw Error(ExitCode::kUsage, "training.device: cuda is asked for, but libtorch sees no CUDA device", "set training.device = \"cpu\" or \"auto\"");
-  return device == "cuda" || (device == "auto" && cuda) ? at::Device(at::kCUDA, 0) : at::Device(at::kCPU);
+  if (!(device == "cuda" || (device == "auto" && cuda))) return at::kCPU;
+  const auto gpus = static_cast<int64_t>(at::getNumGPUs());
+  if (local_rank >= gpus)
+    throw Error(ExitCode::kUsage, fmt::format("training.device: local rank {} has no GPU of its own, this machine has {}", local_rank, gpus),
+                "start as many ranks on a machine as it has GPUs, or set training.device = \"cpu\"");
+  return {at::kCUDA, static_cast<at::DeviceIndex>(local_rank)};
+}
+
+at::Device choose_device(const std::string& device, const MeshGroups* ranks) {
+  if (!ranks) return choose_device(device);
+  const at::Device compute = ranks->world().compute;
+  if (device != "auto" && device != (compute.is_cuda() ? "cuda" : "cpu"))
+    throw Error(ExitCode::kUsage, fmt::format("training.device: {} is asked for, but the ranks exchange tensors of {}", device, compute.str()), "add --set training.device=auto");
+  return compute;
 }
 
 at::ScalarType choose_dtype(const std::string& dtype, at::Device device) {

@@ -6,11 +6,14 @@
 #include <vector>
 
 #include "config/config.hpp"
+#include "parallel/mesh_groups.hpp"
 
 namespace tessera {
 
-// auto takes the GPU when libtorch sees one. Throws Error(kUsage) when cuda is asked for and there is none.
-at::Device choose_device(const std::string& device);
+// auto takes a GPU when libtorch sees one; of several that with this number. Throws Error(kUsage) when cuda is asked for and there is none, or too few.
+at::Device choose_device(const std::string& device, int64_t local_rank = 0);
+// Where there are ranks, the device whose tensors they exchange. Throws Error(kUsage) where the configuration asks for another kind.
+at::Device choose_device(const std::string& device, const MeshGroups* ranks);
 // auto takes bfloat16 where a small product is faster in it than in fp32, which is measured, never assumed.
 at::ScalarType choose_dtype(const std::string& dtype, at::Device device);
 // Threads and deterministic algorithms of this process, one of `local_size` on this machine.

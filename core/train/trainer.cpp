@@ -71,13 +71,13 @@ class Run {
     if (!has_data(config_)) throw Error(ExitCode::kUsage, "data: the table is missing, so there is nothing to train on", "for example [data] source = \"bytes\" and path = \"{libtorch}/**/*.h\"");
     dataset_ = Dataset::open(config_.data, config_.model.vocab_size, {{"libtorch", libtorch_include().string()}});
     if (world_.size > 1) {
-      agree(world_, {{"build", TESSERA_VERSION " " TESSERA_BUILD_KEY}, {"plugins", plugin_files(registry_)}, {"configuration", to_toml(config_)}, {"data", dataset_->hash()}});
+      agree(world_, {{"build", TESSERA_VERSION " " TESSERA_BUILD_KEY}, {"plugins", plugin_files(registry_)}, {"device", world_.compute.is_cuda() ? "cuda" : "cpu"}, {"configuration", to_toml(config_)}, {"data", dataset_->hash()}});
       groups = std::make_unique<MeshGroups>(world_, mesh_);
       ranks_ = groups.get();
     }
     if (open_folder()) return 0;
     apply_runtime(config_.training, world_.local_size);
-    device_ = choose_device(config_.training.device);
+    device_ = choose_device(config_.training.device, ranks_);
     // What `auto` measured once holds for the whole run: a resumed curve is the uninterrupted one.
     if (resume_from_ && config_.training.dtype == "auto") config_.training.dtype = checkpoint_config(*resume_from_, {}, registry_).training.dtype;
     dtype_ = choose_dtype(from_first(world_, "dtype", first() ? dtype_name(choose_dtype(config_.training.dtype, device_)) : ""), device_);
@@ -365,7 +365,8 @@ class Run {
 
 int train(const Config& config, const Registry& registry, const TrainOptions& options) {
   std::signal(SIGPIPE, SIG_IGN);  // a run does not end because nobody reads its progress any more
-  const World world = rendezvous(std::chrono::seconds(config.parallelism.timeout_seconds));
+  World world = rendezvous(std::chrono::seconds(config.parallelism.timeout_seconds));
+  world.compute = choose_device(config.training.device, world.local_rank);
   const Mesh mesh = make_mesh(config.parallelism, world.size);  // refuses degrees that need another number of processes
   Issues issues;
   check_config(config, mesh, issues);
