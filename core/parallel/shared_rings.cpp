@@ -21,7 +21,7 @@ namespace tessera {
 
 namespace {
 
-constexpr uint64_t kRingBytes = 8 << 20;  // touched as far as they are used
+constexpr uint64_t kRingBytes = 4 << 20;  // touched as far as they are used
 
 struct alignas(64) Position {
   std::atomic<uint64_t> bytes;  // since the beginning

@@ -15,7 +15,7 @@
 namespace tessera {
 namespace {
 
-constexpr int64_t kRing = 8 << 20;  // bytes, see shared_rings.cpp
+constexpr int64_t kRing = 4 << 20;  // bytes, see shared_rings.cpp
 
 // Of whole numbers, so that sums are exact.
 at::Tensor numbers(int64_t n, int64_t first, at::ScalarType dtype) { return at::arange(first, first + n, at::kLong).remainder(251).to(dtype); }
