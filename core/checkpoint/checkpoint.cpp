@@ -1,11 +1,8 @@
 #include "checkpoint/checkpoint.hpp"
 
 #include <ATen/core/grad_mode.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/zeros.h>
 #include <fmt/format.h>
 #include <fmt/ranges.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <charconv>
@@ -16,18 +13,6 @@ namespace fs = std::filesystem;
 using nlohmann::json;
 
 namespace {
-
-constexpr int64_t kFormat = 1;
-constexpr const char* kAside = ".saving-";
-constexpr const char* kOptimizer = "optimizer";  // how its files' names begin
-
-// Whether there is such a file. What cannot be examined is an error and not absent: a run would begin anew over what it cannot see.
-bool there(const fs::path& path) {
-  std::error_code code;
-  const bool found = fs::exists(path, code);
-  if (code) throw Error(ExitCode::kRuntime, fmt::format("{}: cannot be examined: {}", path.string(), code.message()));
-  return found;
-}
 
 std::optional<int64_t> step_of(const fs::path& folder) {
   const std::string name = folder.filename().string();
@@ -59,198 +44,16 @@ std::string some(const std::vector<std::string>& names) {
   return text;
 }
 
-json plugin_versions(const Config& config, const Registry& registry) {
-  json out = json::object();
-  for (const Binding& binding : config.bindings) out[std::string(binding.type->type())] = binding.type->version();
-  if (config.head) out[std::string(config.head->type->type())] = config.head->type->version();
-  return out;
-}
-
 }  // namespace
-
-namespace {
-
-fs::path aside_of(const fs::path& folder, int64_t process) {
-  return (folder.has_parent_path() ? folder.parent_path() : fs::path(".")) / fmt::format("{}{}-{}", kAside, folder.filename().string(), process);
-}
-
-// An empty folder to write into, for a checkpoint that is not there yet.
-void make_aside(const fs::path& folder, const fs::path& aside) {
-  if (there(folder)) throw Error(ExitCode::kRuntime, fmt::format("{}: is there already", folder.string()), "move it away");
-  make_folder(aside.parent_path());
-  std::error_code ignored;
-  fs::remove_all(aside, ignored);
-  make_folder(aside);
-}
-
-// The last that is written: with state.json a checkpoint is complete.
-void finish_aside(const fs::path& folder, const fs::path& aside, const Config& config, const Registry& registry, const CheckpointState& state, const json& files) {
-  const json document{{"format", kFormat}, {"step", state.step}, {"tokens", state.tokens}, {"plugins", plugin_versions(config, registry)},
-                      {"data", state.data}, {"hf", state.hf}, {"extra", state.extra}, {"optimizer_steps", state.optimizer_steps}, {"files", files}};
-  write_file(aside / "state.json", document.dump(1) + "\n");
-  sync_folder(aside);
-  rename_into_place(aside, folder);
-}
-
-std::vector<TensorSpec> model_specs(const Store& store) {
-  std::vector<TensorSpec> specs;
-  for (const TensorRow& row : tensor_rows(store.plan())) specs.push_back({.name = row.name, .dtype = at::kFloat, .shape = row.shape()});
-  return specs;
-}
-
-std::string moment_name(const std::string& slot, const std::string& parameter) { return "optimizer." + slot + "." + parameter; }
-
-std::vector<TensorSpec> moment_specs(const Store& store) {
-  std::vector<TensorSpec> specs;
-  for (const std::string& slot : Optimizer::slots())
-    for (const TensorRow& row : tensor_rows(store.plan()))
-      if (row.param && store.trainable(row.name)) specs.push_back({.name = moment_name(slot, row.name), .dtype = at::kFloat, .shape = row.shape()});
-  return specs;
-}
-
-// Does a rank's part of a work that all ranks do at once. Where one of them fails, all throw the first one's error.
-void together(const MeshGroups& ranks, at::Device device, const std::function<void()>& part) {
-  constexpr int64_t kBytes = 1024;
-  std::string failure, help;
-  try {
-    part();
-  } catch (const Error& error) {
-    failure = error.message().substr(0, kBytes / 2 - 1), help = error.help().substr(0, kBytes / 2 - 1);
-  } catch (const std::exception& error) {
-    failure = std::string(error.what()).substr(0, kBytes / 2 - 1);
-  }
-  if (!ranks.all()) {
-    if (!failure.empty()) throw Error(ExitCode::kRuntime, failure, help);
-    return;
-  }
-  at::Tensor own = at::zeros({kBytes}, at::kByte), all = at::empty({kBytes * ranks.all()->size()}, at::TensorOptions(at::kByte).device(device));
-  std::copy(failure.begin(), failure.end(), own.mutable_data_ptr<uint8_t>());
-  std::copy(help.begin(), help.end(), own.mutable_data_ptr<uint8_t>() + kBytes / 2);
-  ranks.all()->all_gather(all, own.to(device));
-  const at::Tensor host = all.to(at::kCPU);
-  for (int64_t r = 0; r < ranks.all()->size(); ++r) {
-    const char* text = reinterpret_cast<const char*>(host.const_data_ptr<uint8_t>()) + r * kBytes;
-    if (*text) throw Error(ExitCode::kRuntime, text, text + kBytes / 2);
-  }
-}
-
-// Every rank writes what it counts (see Store::for_stretches) into files of full size, one rank makes them and what belongs to them.
-void save_over_ranks(const fs::path& folder, const Config& config, const Registry& registry, Store& store, Optimizer* optimizer, const CheckpointState& state) {
-  const MeshGroups& ranks = *store.ranks();
-  const Place& place = ranks.place();
-  const bool first = place.rank == 0;
-  ranks.whereabouts().place = "a save";
-  // The folder that is written aside is called by the first rank's process.
-  at::Tensor numbers = at::zeros({1}, at::TensorOptions(at::kLong).device(store.device()));
-  if (first) numbers.fill_(static_cast<int64_t>(getpid()));
-  if (ranks.all()) ranks.all()->all_reduce(numbers);
-  const fs::path aside = aside_of(folder, numbers.item<int64_t>());
-  const Metadata metadata{{"format", "pt"}};
-  SafetensorsSharedWriter model(aside, model_specs(store), metadata);
-  std::optional<SafetensorsSharedWriter> moments;
-  if (optimizer) moments.emplace(aside, moment_specs(store), metadata, 5'000'000'000, kOptimizer);
-  try {
-    together(ranks, store.device(), [&] {
-      if (!first) return;
-      make_aside(folder, aside);
-      model.create();
-      if (moments) moments->create();
-      write_file(aside / "config.toml", to_toml(config));
-    });
-    together(ranks, store.device(), [&] {
-      const bool buffers = place.dp_replicate == 0 && place.dp_shard == 0 && place.cp == 0 && place.tp == 0;
-      for (const TensorRow& row : tensor_rows(store.plan())) {
-        if (!store.has(row.name)) continue;
-        if (row.buffer) {
-          if (buffers) model.write(row.name, 0, store.buffer(row.name));
-          continue;
-        }
-        store.for_stretches(row.name, masters, [&](int64_t first_element, const at::Tensor& values) { model.write(row.name, first_element, values); }, /*counted=*/true);
-        if (!moments || !store.trainable(row.name)) continue;
-        for (const std::string& slot : Optimizer::slots())
-          store.for_stretches(row.name, optimizer->slot(slot),
-                              [&](int64_t first_element, const at::Tensor& values) { moments->write(moment_name(slot, row.name), first_element, values); }, /*counted=*/true);
-      }
-      model.flush();
-      if (moments) moments->flush();
-    });
-    // Each file is read once, by one of the ranks.
-    std::vector<std::string> names = model.files();
-    if (moments)
-      for (const std::string& name : moments->files()) names.push_back(name);
-    at::Tensor checksums = at::zeros({static_cast<int64_t>(names.size())}, at::kLong);
-    together(ranks, store.device(), [&] {
-      for (size_t i = 0; i < names.size(); ++i)
-        if (static_cast<int64_t>(i) % ranks.mesh().size() == place.rank) checksums.mutable_data_ptr<int64_t>()[i] = file_crc32(aside / names[i]);
-    });
-    at::Tensor sums = checksums.to(store.device());
-    if (ranks.all()) ranks.all()->all_reduce(sums);
-    checksums = sums.to(at::kCPU);
-    together(ranks, store.device(), [&] {
-      if (!first) return;
-      json files = json::object();
-      for (const auto& entry : fs::directory_iterator(aside)) {
-        const std::string name = entry.path().filename().string();
-        const auto found = std::find(names.begin(), names.end(), name);
-        const int64_t checksum = found == names.end() ? file_crc32(entry.path()) : checksums.const_data_ptr<int64_t>()[found - names.begin()];
-        files[name] = {{"bytes", entry.file_size()}, {"crc32", checksum}};
-      }
-      finish_aside(folder, aside, config, registry, state, files);
-    });
-  } catch (...) {
-    std::error_code ignored;
-    if (first) fs::remove_all(aside, ignored);
-    throw;
-  }
-}
-
-}  // namespace
-
-void save_checkpoint_files(const fs::path& folder, const Config& config, const Registry& registry, const CheckpointState& state,
-                           const std::function<void(const fs::path&)>& write_tensors) {
-  const fs::path aside = aside_of(folder, getpid());
-  try {
-    make_aside(folder, aside);
-    write_tensors(aside);
-    write_file(aside / "config.toml", to_toml(config));
-    json files = json::object();
-    for (const auto& entry : fs::directory_iterator(aside))
-      files[entry.path().filename().string()] = {{"bytes", entry.file_size()}, {"crc32", file_crc32(entry.path())}};
-    finish_aside(folder, aside, config, registry, state, files);
-  } catch (...) {
-    std::error_code ignored;
-    fs::remove_all(aside, ignored);
-    throw;
-  }
-}
-
-void save_checkpoint(const fs::path& folder, const Config& config, const Registry& registry, Store& store, Optimizer* optimizer, const CheckpointState& state) {
-  at::NoGradGuard no_grad;
-  CheckpointState whole = state;
-  whole.optimizer_steps = optimizer ? optimizer->steps_taken() : 0;
-  if (store.ranks()) return save_over_ranks(folder, config, registry, store, optimizer, whole);
-  save_checkpoint_files(folder, config, registry, whole, [&](const fs::path& aside) {
-    const auto rows = tensor_rows(store.plan());
-    SafetensorsFolderWriter model(aside, model_specs(store));
-    for (const TensorRow& row : rows) model.write(row.name, row.param ? store.parameter(row.name) : store.buffer(row.name));
-    model.finish();
-    if (!optimizer) return;
-    SafetensorsFolderWriter moments(aside, moment_specs(store), {{"format", "pt"}}, 5'000'000'000, kOptimizer);
-    for (const std::string& slot : Optimizer::slots())
-      for (const TensorRow& row : rows)
-        if (row.param && store.trainable(row.name)) moments.write(moment_name(slot, row.name), optimizer->moment(slot, row.name));
-    moments.finish();
-  });
-}
 
 std::vector<fs::path> list_checkpoints(const fs::path& folder) {
   std::vector<std::pair<int64_t, fs::path>> found;
-  if (!there(folder)) return {};
+  if (!is_there(folder)) return {};
   std::error_code code;
   fs::directory_iterator entries(folder, code);
   if (code) throw Error(ExitCode::kRuntime, fmt::format("{}: the folder cannot be read: {}", folder.string(), code.message()));
   for (const auto& entry : entries)
-    if (auto step = step_of(entry.path()); step && there(entry.path() / "state.json")) found.emplace_back(*step, entry.path());
+    if (auto step = step_of(entry.path()); step && is_there(entry.path() / "state.json")) found.emplace_back(*step, entry.path());
   std::sort(found.begin(), found.end());
   std::vector<fs::path> out;
   for (auto& [step, path] : found) out.push_back(path);
@@ -285,13 +88,13 @@ OpenCheckpoint open_checkpoint(const fs::path& given, bool optimizer, bool check
   fs::path folder = given;
   std::error_code code;
   if (!fs::is_directory(folder, code)) throw Error(ExitCode::kRuntime, fmt::format("{}: no such folder", folder.string()), "name a run's folder or one of its checkpoints/step-N");
-  if (!there(folder / "state.json")) {
+  if (!is_there(folder / "state.json")) {
     for (const fs::path& below : {folder / "checkpoints", folder})
       if (auto all = list_checkpoints(below); !all.empty()) {
         folder = all.back();
         break;
       }
-    if (!there(folder / "state.json")) {
+    if (!is_there(folder / "state.json")) {
       const bool hub = fs::exists(folder / "config.json");
       throw Error(ExitCode::kRuntime, fmt::format("{}: no complete checkpoint there", folder.string()),
                   hub ? fmt::format("it looks like a Hugging Face checkpoint: `tessera convert {} OUT --to tessera` first", folder.string()) : "");
@@ -300,8 +103,8 @@ OpenCheckpoint open_checkpoint(const fs::path& given, bool optimizer, bool check
   const fs::path file = folder / "state.json";
   const json document = strict_json(read_file(file, int64_t{64} << 20), file.string(), 64);
   CheckpointState state;
-  if (const int64_t format = count(document, "format", file); format > kFormat)
-    throw Error(ExitCode::kRuntime, fmt::format("{}: format {} is newer than this program's {}", file.string(), format, kFormat));
+  if (const int64_t format = count(document, "format", file); format > kCheckpointFormat)
+    throw Error(ExitCode::kRuntime, fmt::format("{}: format {} is newer than this program's {}", file.string(), format, kCheckpointFormat));
   state.step = count(document, "step", file);
   state.tokens = count(document, "tokens", file);
   state.data = part(document, "data", file);
@@ -391,7 +194,7 @@ void load_optimizer(const OpenCheckpoint& checkpoint, Store& store, Optimizer& o
   for (const std::string& slot : Optimizer::slots())
     for (const TensorRow& row : tensor_rows(store.plan())) {
       if (!row.param || !store.trainable(row.name)) continue;
-      const std::string name = "optimizer." + slot + "." + row.name;
+      const std::string name = moment_name(slot, row.name);
       const TensorEntry* entry = checkpoint.optimizer->find(name);
       if (!entry || entry->shape != row.shape())
         throw Error(ExitCode::kRuntime, fmt::format("{}: {} is {}", checkpoint.optimizer->path().string(), name, entry ? "misshapen" : "missing"));

@@ -1,7 +1,7 @@
 // Checkpoints of a run: `checkpoints/step-N/` with config.toml, model.safetensors, optimizer.safetensors and state.json.
-// Tensors are logical (no rank, stage or layout in a name); a checkpoint stands alone. A save is written aside, flushed and renamed into
-// place, so a crash at any instant leaves the last complete one.
+// Tensors are logical (no rank, stage or layout in a name); a checkpoint stands alone.
 #pragma once
+#include <fmt/format.h>
 #include <nlohmann/json.hpp>
 
 #include <filesystem>
@@ -15,6 +15,11 @@
 #include "train/optimizer.hpp"
 
 namespace tessera {
+
+inline constexpr int64_t kCheckpointFormat = 1;
+inline constexpr const char* kAside = ".saving-";       // how a folder's name begins while it is written, or removed
+inline constexpr const char* kOptimizer = "optimizer";  // how its files' names begin
+inline std::string moment_name(const std::string& slot, const std::string& parameter) { return fmt::format("{}.{}.{}", kOptimizer, slot, parameter); }
 
 // What a checkpoint holds beside its tensors. Written as state.json, which also records every file's size and CRC-32.
 struct CheckpointState {
@@ -33,14 +38,6 @@ struct OpenCheckpoint {
   SafetensorsFolder model;
   std::optional<SafetensorsFolder> optimizer;
 };
-
-// Writes `<folder>` (which must not exist); optimizer may be null. Throws Error(kRuntime) naming the file and the system's reason; nothing is left
-// then, but where only the last flush failed, of the folder that holds it: the checkpoint is there and whole, though a power cut may take it.
-void save_checkpoint(const std::filesystem::path& folder, const Config& config, const Registry& registry, Store& store, Optimizer* optimizer,
-                     const CheckpointState& state);
-// The same where the tensors come from somewhere else: `write_tensors` fills the folder it is given with model.safetensors[...].
-void save_checkpoint_files(const std::filesystem::path& folder, const Config& config, const Registry& registry, const CheckpointState& state,
-                           const std::function<void(const std::filesystem::path&)>& write_tensors);
 
 // Throws Error(kRuntime) that names the missing or damaged file. `folder` may be a run (its newest checkpoint is taken) or a checkpoint.
 // Whatever is opened is read once to compare its CRC-32, at about 2 GB/s where it is in memory; without `optimizer` the optimizer's files, two thirds of

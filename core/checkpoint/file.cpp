@@ -132,15 +132,9 @@ void AtomicFile::write_at(int64_t offset, const void* data, size_t size) {
   end_ = std::max(end_, offset + static_cast<int64_t>(size));
 }
 
-void SharedFile::create(const fs::path& path, int64_t size) {
-  const Descriptor file{::open(path.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666)};
-  if (file.fd < 0) fail(path, "cannot be created", errno);
-  if (::ftruncate(file.fd, size) != 0) fail(path, "cannot be written", errno);
-}
-
-SharedFile::SharedFile(fs::path path) : path_(std::move(path)) {
-  fd_ = ::open(path_.c_str(), O_WRONLY | O_CLOEXEC);
-  if (fd_ < 0) fail(path_, "cannot be opened for writing", errno);
+SharedFile::SharedFile(fs::path path, bool create) : path_(std::move(path)) {
+  fd_ = ::open(path_.c_str(), O_WRONLY | O_CLOEXEC | (create ? O_CREAT | O_TRUNC : 0), 0666);
+  if (fd_ < 0) fail(path_, create ? "cannot be created" : "cannot be opened for writing", errno);
 }
 
 SharedFile::~SharedFile() { ::close(fd_); }
@@ -159,6 +153,13 @@ void AtomicFile::commit() {
   ::close(fd_);
   fd_ = -1;
   sync_folder(folder_of(path_));
+}
+
+bool is_there(const fs::path& path) {
+  std::error_code code;
+  const bool found = fs::exists(path, code);
+  if (code) throw Error(ExitCode::kRuntime, fmt::format("{}: cannot be examined: {}", path.string(), code.message()));
+  return found;
 }
 
 void write_file(const fs::path& path, std::string_view text) {

@@ -36,12 +36,11 @@ class AtomicFile {
   int64_t end_ = 0;
 };
 
-// A file that several processes fill together, each its own stretches. It is made at its full size; until all have flushed it is of no use.
+// A file that several processes fill together, each its own stretches. Until all have flushed it is of no use.
 class SharedFile {
  public:
-  // Makes the file: `size` bytes that read as zeros.
-  static void create(const std::filesystem::path& path, int64_t size);
-  explicit SharedFile(std::filesystem::path path);  // of a file that was made
+  // One process creates it, empty, before the others open it.
+  SharedFile(std::filesystem::path path, bool create);
   ~SharedFile();
   SharedFile(const SharedFile&) = delete;
   SharedFile& operator=(const SharedFile&) = delete;
@@ -53,6 +52,8 @@ class SharedFile {
   int fd_ = -1;
 };
 
+// Whether there is such a file or folder. What cannot be examined is an error and not absent: a run would begin anew over what it cannot see.
+bool is_there(const std::filesystem::path& path);
 // Replaces the content of `path` atomically.
 void write_file(const std::filesystem::path& path, std::string_view text);
 // The whole file. Refuses a folder, and a file above `max_bytes`.

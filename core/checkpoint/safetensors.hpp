@@ -80,12 +80,12 @@ class SafetensorsFolder {
 
 
 using Metadata = std::map<std::string, std::string>;
+inline constexpr int64_t kShardBytes = 5'000'000'000;  // at most, of data in a file, unless told otherwise
 
 // The header of a file, and where its tensors' data begin. In the file the wider dtypes come first, so that all data are aligned.
 struct SafetensorsHeader {
   std::string bytes;
   std::map<std::string, int64_t, std::less<>> begin;  // of every tensor's data in the file
-  int64_t file_size = 0;
   // Throws Error(kRuntime) naming `path`.
   SafetensorsHeader(const std::filesystem::path& path, const std::vector<TensorSpec>& specs, const Metadata& metadata);
 };
@@ -115,7 +115,7 @@ class SafetensorsWriter {
 class SafetensorsFolderWriter {
  public:
   SafetensorsFolderWriter(std::filesystem::path folder, const std::vector<TensorSpec>& specs, Metadata metadata = {{"format", "pt"}},
-                          int64_t max_shard_bytes = 5'000'000'000, std::string stem = "model");
+                          int64_t max_shard_bytes = kShardBytes, std::string stem = "model");
   // In any order; the order of declaration keeps one shard open at a time.
   void write(std::string_view name, const at::Tensor& tensor);
   void finish();
@@ -142,13 +142,12 @@ class SafetensorsFolderWriter {
 // stretches and flushes. The folder is nobody's to read before all have.
 class SafetensorsSharedWriter {
  public:
-  SafetensorsSharedWriter(std::filesystem::path folder, const std::vector<TensorSpec>& specs, Metadata metadata = {{"format", "pt"}},
-                          int64_t max_shard_bytes = 5'000'000'000, std::string stem = "model");
+  SafetensorsSharedWriter(std::filesystem::path folder, const std::vector<TensorSpec>& specs, std::string stem);
   void create();
   // Elements [first, first + values.numel()) of a tensor, in its dtype.
   void write(std::string_view name, int64_t first, const at::Tensor& values);
   void flush();
-  std::vector<std::string> files() const;  // of tensors, without the index
+  std::vector<std::string> files() const;  // the index included
 
  private:
   struct File {

@@ -37,9 +37,11 @@ std::vector<std::pair<std::string, std::vector<TensorSpec>>> split(const std::ve
   return files;
 }
 
+std::string index_name(const std::string& stem) { return stem + ".safetensors.index.json"; }
+
 void write_index(const fs::path& folder, const std::string& stem, int64_t total_bytes, const std::map<std::string, std::string>& file_of) {
   const json index{{"metadata", {{"total_size", total_bytes}}}, {"weight_map", file_of}};
-  write_file(folder / (stem + ".safetensors.index.json"), index.dump(2) + "\n");
+  write_file(folder / index_name(stem), index.dump(2) + "\n");
 }
 
 }  // namespace
@@ -72,7 +74,6 @@ SafetensorsHeader::SafetensorsHeader(const fs::path& path, const std::vector<Ten
   std::memcpy(prefix, &length, 8);
   bytes = std::string(prefix, 8) + text;
   for (auto& [unused, at] : begin) at += static_cast<int64_t>(bytes.size());
-  file_size = static_cast<int64_t>(bytes.size()) + offset;
 }
 
 SafetensorsWriter::SafetensorsWriter(const fs::path& path, const std::vector<TensorSpec>& specs, const Metadata& metadata) : file_(path), left_(specs.size()) {
@@ -143,25 +144,25 @@ void SafetensorsFolderWriter::finish() {
 std::vector<std::string> SafetensorsFolderWriter::files() const {
   std::vector<std::string> list;
   for (const Shard& shard : shards_) list.push_back(shard.file);
-  if (shards_.size() > 1) list.push_back(stem_ + ".safetensors.index.json");
+  if (shards_.size() > 1) list.push_back(index_name(stem_));
   return list;
 }
 
-SafetensorsSharedWriter::SafetensorsSharedWriter(fs::path folder, const std::vector<TensorSpec>& specs, Metadata metadata, int64_t max_shard_bytes, std::string stem)
+SafetensorsSharedWriter::SafetensorsSharedWriter(fs::path folder, const std::vector<TensorSpec>& specs, std::string stem)
     : folder_(std::move(folder)), stem_(std::move(stem)) {
-  for (const auto& [file, in_file] : split(specs, max_shard_bytes, stem_)) {
+  for (const auto& [file, in_file] : split(specs, kShardBytes, stem_)) {
     for (const TensorSpec& spec : in_file) {
       file_of_.emplace(spec.name, files_.size());
       total_bytes_ += spec.num_bytes();
     }
-    files_.push_back({.name = file, .header = SafetensorsHeader(folder_ / file, in_file, metadata), .open = nullptr});
+    files_.push_back({.name = file, .header = SafetensorsHeader(folder_ / file, in_file, {{"format", "pt"}}), .open = nullptr});
   }
 }
 
 void SafetensorsSharedWriter::create() {
-  for (const File& file : files_) {
-    SharedFile::create(folder_ / file.name, file.header.file_size);
-    SharedFile(folder_ / file.name).write_at(0, file.header.bytes.data(), file.header.bytes.size());
+  for (File& file : files_) {
+    file.open = std::make_unique<SharedFile>(folder_ / file.name, /*create=*/true);
+    file.open->write_at(0, file.header.bytes.data(), file.header.bytes.size());
   }
   if (files_.size() == 1) return;
   std::map<std::string, std::string> file_of;
@@ -171,7 +172,7 @@ void SafetensorsSharedWriter::create() {
 
 void SafetensorsSharedWriter::write(std::string_view name, int64_t first, const at::Tensor& values) {
   File& file = files_[file_of_.find(name)->second];
-  if (!file.open) file.open = std::make_unique<SharedFile>(folder_ / file.name);
+  if (!file.open) file.open = std::make_unique<SharedFile>(folder_ / file.name, /*create=*/false);
   const at::Tensor flat = values.detach().cpu().contiguous();
   file.open->write_at(file.header.begin.find(name)->second + first * static_cast<int64_t>(flat.element_size()), flat.const_data_ptr(), flat.nbytes());
 }
@@ -186,6 +187,7 @@ void SafetensorsSharedWriter::flush() {
 std::vector<std::string> SafetensorsSharedWriter::files() const {
   std::vector<std::string> list;
   for (const File& file : files_) list.push_back(file.name);
+  if (files_.size() > 1) list.push_back(index_name(stem_));
   return list;
 }
 

@@ -67,7 +67,7 @@ struct LayoutCost {
 
 json memory_json(const MemoryPlan& memory) {
   return {{"parameters", memory.parameters}, {"gradients", memory.gradients}, {"optimizer", memory.optimizer}, {"compute_copies", memory.compute},
-          {"gathered", memory.gathered}, {"activations", memory.activations}, {"total", memory.total()}};
+          {"gathered", memory.gathered}, {"activations", memory.activations}, {"save_copy", memory.save}, {"total", memory.total()}};
 }
 
 json traffic_json(const Traffic& traffic, const Mesh& mesh) {
@@ -145,7 +145,7 @@ void print(const ModelPlan& plan, const Config& config, const Mesh& mesh, const 
   fmt::print("memory a rank, {} rank{}{}: {}\n", mesh.size(), mesh.size() > 1 ? "s" : "",
              mesh.pp > 1 ? fmt::format(", of pipeline rank {} which holds most", memory.stage) : "", bytes(memory.total()));
   for (const auto& [name, value] : {std::pair<const char*, double>{"parameters", memory.parameters}, {"gradients", memory.gradients}, {"optimizer", memory.optimizer},
-                                    {"compute copies", memory.compute}, {"gathered", memory.gathered}, {"activations", memory.activations}})
+                                    {"compute copies", memory.compute}, {"gathered", memory.gathered}, {"activations", memory.activations}, {"save copy", memory.save}})
     fmt::print("  {:<14} {:>12}\n", name, bytes(value));
   if (mesh.size() > 1) print_traffic(layout, mesh);
 }

@@ -99,6 +99,7 @@ struct ParallelismConfig {
 struct CheckpointConfig {
   int64_t interval = 0;           // steps; 0: at the end and when stopped only
   int64_t keep_latest_k = 3;      // 0: all
+  std::string async_mode = "disabled";  // disabled, async: written from a copy while training goes on
   std::string initial_load_path;  // warm start: weights only
   bool initial_load_in_hf = false;
   bool initial_load_partial = false;       // tensors may be missing or unexpected; what was and was not loaded is printed

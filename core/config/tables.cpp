@@ -134,6 +134,7 @@ Fields checkpoint() {
   Schema<C> s;
   s.field("interval", &C::interval, "steps between checkpoints; 0: at the end and when stopped only").unit("steps").range(0, kMany);
   s.field("keep_latest_k", &C::keep_latest_k, "older checkpoints are deleted; 0: none is").range(0, kMany);
+  s.field("async_mode", &C::async_mode, "disabled: steps wait for a save; async: it is written from a copy in host memory while they go on").choices({"disabled", "async"});
   s.field("initial_load_path", &C::initial_load_path, "checkpoint whose weights the run starts from");
   s.field("initial_load_in_hf", &C::initial_load_in_hf, "that checkpoint has the layout of HF transformers");
   s.field("initial_load_partial", &C::initial_load_partial, "its tensors may be missing or unexpected: what was and was not loaded is printed");

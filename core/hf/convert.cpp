@@ -8,8 +8,8 @@
 #include <algorithm>
 #include <map>
 
-#include "checkpoint/checkpoint.hpp"
 #include "checkpoint/file.hpp"
+#include "checkpoint/saver.hpp"
 #include "hf/hf_config.hpp"
 #include "hf/hf_json.hpp"
 #include "hf/hf_weights.hpp"

@@ -94,6 +94,7 @@ std::vector<MemoryPlan> plan_stage_memory(const ModelPlan& plan, const Config& c
     for (const Unit& unit : units_of(plan, mesh, place))
       if (unit.buffers)
         for (const Buffer& buffer : *unit.buffers) memory.parameters += 4 * static_cast<double>(num_elements(buffer.shape));
+    if (config.checkpoint.async_mode == "async") memory.save = memory.parameters + memory.optimizer;
 
     double one = 0, two = 0, every = 0, gradient = 0;
     for (const auto& [name, unit] : units) {

@@ -13,7 +13,8 @@ struct MemoryPlan {
   double compute = 0;      // copies in the compute dtype; 0 in fp32
   double gathered = 0;     // of buffers that ranks share: the two largest layers, embedding and output, and one layer's gradient on its way
   double activations = 0;  // of the micro-batches in flight, recomputed layers counted by their input; with what is kept of freed blocks
-  double total() const { return parameters + gradients + optimizer + compute + gathered + activations; }
+  double save = 0;         // the copy of parameters and moments that is written while training goes on, in host memory; 0 unless checkpoint.async_mode = "async"
+  double total() const { return parameters + gradients + optimizer + compute + gathered + activations + save; }
 };
 // By pipeline rank. Within a stage every rank allocates the same: parameters, gradients, optimizer and copies to the byte, the rest by the declared costs.
 std::vector<MemoryPlan> plan_stage_memory(const ModelPlan& plan, const Config& config, const Mesh& mesh);

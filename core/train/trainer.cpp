@@ -2,6 +2,7 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/core/grad_mode.h>
+#include <ATen/ops/empty.h>
 #include <ATen/ops/full.h>
 #include <fmt/format.h>
 #include <unistd.h>
@@ -13,8 +14,8 @@
 #include <nlohmann/json.hpp>
 #include <torch/csrc/distributed/c10d/Store.hpp>
 
-#include "checkpoint/checkpoint.hpp"
 #include "checkpoint/file.hpp"
+#include "checkpoint/saver.hpp"
 #include "data/loader.hpp"
 #include "hf/convert.hpp"
 #include "metrics/events.hpp"
@@ -89,6 +90,7 @@ class Run {
     optimizer_ = std::make_unique<Optimizer>(*store_, config_.optimizer);
     loader_ = std::make_unique<Loader>(dataset_, config_.training.seq_len);
     model_ = std::make_unique<Model>(plan_, *store_, recomputed_bindings(config_.activation_checkpoint));
+    saver_ = std::make_unique<Saver>(config_, registry_, *store_, optimizer_.get(), config_.checkpoint.async_mode == "async");
     if (resume_from_) restore();
     else begin();
     if (first()) write_file(folder_ / "config.toml", to_toml(config_));
@@ -179,8 +181,7 @@ class Run {
 
   int loop() {
     const StopSignals signals;
-    std::optional<MetricsFile> metrics;
-    if (first()) metrics.emplace(folder_ / "metrics.jsonl", step_);
+    if (first()) metrics_.emplace(folder_ / "metrics.jsonl", step_);
     std::unique_ptr<EventFile> events;
     if (config_.metrics.tensorboard && first()) events = std::make_unique<EventFile>(folder_, step_);
     const bool live = isatty(STDERR_FILENO);
@@ -209,12 +210,13 @@ class Run {
       for (const auto& [name, part] : result.parts) line[name] = part;
       if (!result.finite) line["skipped"] = true;
       if (exchanges) exchanges->end(line, elapsed);
+      line.update(pause_), pause_.clear();
       const int64_t detail = config_.metrics.detail_interval;
       if (detail > 0 && step_ % detail == 0) add_details(line, result, batches);
       const bool last = step_ == config_.training.steps;
       if (!validation_.empty() && (step_ % config_.validation.interval == 0 || last)) line["val_loss"] = validation_loss(*model_, validation_, config_.training.local_batch_size);
-      write([&] {
-        if (metrics) metrics->write(line);
+      write(step_, [&] {
+        if (metrics_) metrics_->write(line);
         if (!events) return;
         for (const auto& [key, value] : line.items())
           if (value.is_number() && key != "step") events->scalar(key, step_, value.get<double>());
@@ -224,13 +226,9 @@ class Run {
       const int64_t interval = config_.checkpoint.interval;
       int signal = received_by_any();
       if (!last && !signal && (interval == 0 || step_ % interval != 0)) continue;
-      write([&] {
-        if (metrics) metrics->flush();
-        save();
-      });
-      if (first())
-        if (const std::string failed = prune_checkpoints(checkpoints_, config_.checkpoint.keep_latest_k); !failed.empty()) say(failed);
+      save();
       signal = received_by_any();  // during the save too
+      if (last || signal) finish_save();
       if (signal && !last) {
         say(fmt::format("stopped by {} after step {}: checkpoint saved; go on with --resume", signal == SIGINT ? "SIGINT" : "SIGTERM", step_));
         return 128 + signal;
@@ -239,14 +237,20 @@ class Run {
     return 0;
   }
 
-  // All ranks stop after the same step: a signal that one of them received is one for all.
-  int received_by_any() const {
-    const int signal = StopSignals::received();
-    if (!ranks_ || !ranks_->all()) return signal;
-    const at::Tensor greatest = at::full({1}, signal, at::TensorOptions(at::kInt).device(device_));
-    ranks_->whereabouts().place = "the end of a step";
-    ranks_->all()->all_reduce(greatest, Reduce::kMax);
-    return greatest.item<int>();
+  // All ranks stop after the same step: a signal that one of them received is one for all, and so is the failure of a save in flight, which this throws.
+  int received_by_any() {
+    int signal = StopSignals::received(), failed = saver_->failed();
+    if (ranks_ && ranks_->all()) {
+      at::Tensor host = at::empty({2}, at::kInt);
+      host[0] = signal, host[1] = failed;
+      const at::Tensor greatest = host.to(device_);
+      ranks_->whereabouts().place = "the end of a step";
+      ranks_->all()->all_reduce(greatest, Reduce::kMax);
+      host = greatest.to(at::kCPU);
+      signal = host[0].item<int>(), failed = host[1].item<int>();
+    }
+    if (failed) finish_save();
+    return signal;
   }
 
   void nonfinite(const StepResult& result, const std::vector<Batch>& batches) {
@@ -258,6 +262,7 @@ class Run {
       store_->zero_grad();
       return;
     }
+    saver_->wait();
     const auto complete = list_checkpoints(checkpoints_);
     throw Error(ExitCode::kRuntime, message,
                 complete.empty() ? "there is no checkpoint yet; lower optimizer.lr, lengthen lr_scheduler.warmup_steps, or skip such steps with training.on_nonfinite = \"skip\""
@@ -317,21 +322,38 @@ class Run {
   }
 
   // A write that fails ends the run: what was trained since the last checkpoint is lost, so the error says which that is.
-  void write(const std::function<void()>& work) {
+  void write(int64_t step, const std::function<void()>& work) {
     try {
       work();
     } catch (const Error& error) {
+      saver_->wait();
       const auto complete = list_checkpoints(checkpoints_);
       std::string help = error.help();
       if (!help.empty()) help += "; ";
       help += complete.empty() ? "there is no complete checkpoint yet" : fmt::format("the last complete checkpoint is {}, and --resume goes on from it", complete.back().string());
-      throw Error(error.code(), fmt::format("step {}: {}", step_, error.message()), help);
+      throw Error(error.code(), fmt::format("step {}: {}", step, error.message()), help);
     }
   }
 
   void save() {
-    save_checkpoint(checkpoints_ / fmt::format("step-{}", step_), config_, registry_, *store_, optimizer_.get(),
-                    {.step = step_, .tokens = tokens_, .data = loader_->state(), .hf = hf_, .extra = nullptr});
+    const double began = seconds();
+    const bool waits = saver_->in_flight();
+    finish_save();
+    if (waits) pause_["save_wait_s"] = seconds() - began;
+    saving_ = step_;
+    write(saving_, [&] {
+      saver_->save(checkpoints_ / fmt::format("step-{}", step_), {.step = step_, .tokens = tokens_, .data = loader_->state(), .hf = hf_, .extra = nullptr},
+                   [this] { metrics_->flush(); },
+                   [this] {
+                     if (first()) not_removed_ = prune_checkpoints(checkpoints_, config_.checkpoint.keep_latest_k);
+                   });
+    });
+    if (!saver_->in_flight()) finish_save();
+    pause_["save_s"] = seconds() - began;
+  }
+  void finish_save() {
+    write(saving_, [&] { saver_->finish(); });
+    if (const std::string text = std::exchange(not_removed_, ""); !text.empty()) say(text);
   }
 
   void say(const std::string& text) {
@@ -357,8 +379,13 @@ class Run {
   std::unique_ptr<Model> model_;
   std::vector<Row> validation_;
   json hf_;
+  std::optional<MetricsFile> metrics_;
   int64_t step_ = 0, tokens_ = 0;
+  int64_t saving_ = 0;              // the step that the last save is of
+  std::string not_removed_;         // what it said of older ones
+  json pause_ = json::object();     // what it cost the loop
   double flops_per_token_ = 0, peak_flops_ = 0;
+  std::unique_ptr<Saver> saver_;  // its thread ends before what it reads
 };
 
 }  // namespace

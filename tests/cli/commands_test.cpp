@@ -90,7 +90,12 @@ TEST_F(Commands, PlanIsOneDocumentAndAllocatesNothing) {
   EXPECT_EQ(plan.at("totals").at("elements").get<int64_t>(), elements + 2 * 256 * 32 + 32 + 2 * 32 * 32 + 3 * 32);
   EXPECT_TRUE(plan.at("totals").at("tensors").is_number_integer());
   EXPECT_EQ(plan.at("ranks"), 1);
-  for (const char* key : {"parameters", "gradients", "optimizer", "compute_copies", "gathered", "activations", "total"}) EXPECT_TRUE(plan.at("memory_per_rank").at(key).is_number()) << key;
+  for (const char* key : {"parameters", "gradients", "optimizer", "compute_copies", "gathered", "activations", "save_copy", "total"}) EXPECT_TRUE(plan.at("memory_per_rank").at(key).is_number()) << key;
+  // The copy that a save in the background is written from: what a checkpoint holds.
+  const json now = plan.at("memory_per_rank"), later = document(tessera({"plan", "tiny.toml", "--json"}, {"checkpoint.async_mode=async"})).at("memory_per_rank");
+  EXPECT_EQ(now.at("save_copy"), 0);
+  EXPECT_EQ(later.at("save_copy"), now.at("parameters").get<double>() + now.at("optimizer").get<double>());
+  EXPECT_EQ(later.at("total").get<double>(), now.at("total").get<double>() + later.at("save_copy").get<double>());
   EXPECT_EQ(plan.at("flops_per_token").at("mlp").at("matmul"), 4.0 * 32 * 32);
   // A model of terabytes is planned in this process.
   const json huge = document(tessera({"plan", "tiny.toml", "--json"}, {"model.vocab_size=1000000000", "model.hidden_size=1000000", "training.seq_len=16"}));

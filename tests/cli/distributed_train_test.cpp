@@ -86,7 +86,7 @@ TEST_F(DistributedTrain, ARunGoesOnOnAnotherLayout) {
   int number = 0;
   for (const auto& [first, second] : pairs) {
     const std::string run = fmt::format("run{}", number++), what = text(first) + ", then " + text(second);
-    const Finished begun = go(first, run, {"training.steps=3"});
+    const Finished begun = go(first, run, {"training.steps=3", "checkpoint.interval=1", "checkpoint.async_mode=async"});
     ASSERT_EQ(begun.code, 0) << what << "\n" << begun.err;
     const Finished end = go(second, run, {}, /*resume=*/true);
     ASSERT_EQ(end.code, 0) << what << "\n" << end.err;
@@ -133,7 +133,7 @@ TEST_F(DistributedTrain, AKilledRankEndsTheRun) {
   const int rounds = std::getenv("TESSERA_TEST_ALL") ? 12 : 3;
   int in_saves = 0;
   for (int round = 0; round < rounds; ++round) {
-    Process process(folder_, words(round % 3 == 1 ? kTensor : kShard, "run", {"training.steps=1000000", "checkpoint.interval=2", "checkpoint.keep_latest_k=2"}, round > 0));
+    Process process(folder_, words(round % 3 == 1 ? kTensor : kShard, "run", {"training.steps=1000000", "checkpoint.interval=2", "checkpoint.keep_latest_k=2", round % 4 == 1 ? "checkpoint.async_mode=async" : "checkpoint.async_mode=disabled"}, round > 0));
     const int64_t before = fs::exists(folder_ / "run/checkpoints") && !list_checkpoints(folder_ / "run/checkpoints").empty() ? open_checkpoint(folder_ / "run").state.step : 0;
     ASSERT_TRUE(process.wait_until([&] {
       const auto complete = fs::exists(folder_ / "run/checkpoints") ? list_checkpoints(folder_ / "run/checkpoints") : std::vector<fs::path>{};

@@ -69,6 +69,20 @@ TEST_F(Stop, DuringASaveEndsWithIt) {
   expect_goes_on({"lr_scheduler.decay_type=constant"});
 }
 
+// Where steps go on during a save, the run ends after the running one, with that save and one of its own.
+TEST_F(Stop, DuringASaveInTheBackgroundEndsWithBoth) {
+  auto sets = kEndless;
+  sets.insert(sets.end(), {"checkpoint.interval=3", "checkpoint.keep_latest_k=0", "checkpoint.async_mode=async"});
+  Process process(folder_, words(sets), failing({.below = checkpoints(), .delay_us = 4000}));
+  ASSERT_TRUE(process.wait_until([&] { return saving() && metrics("run").size() > 3; }));
+  process.signal(SIGTERM);
+  expect_saved(process.wait(), "SIGTERM", 143);
+  EXPECT_GT(metrics("run").size(), 3u);
+  for (const auto& folder : list_checkpoints(checkpoints())) EXPECT_NO_THROW(open_checkpoint(folder)) << folder;
+  EXPECT_TRUE(fs::exists(checkpoints() + "/step-3"));
+  expect_goes_on({"lr_scheduler.decay_type=constant"});
+}
+
 TEST_F(Stop, DuringAnEvaluationEndsAfterTheStep) {
   auto sets = kEndless;
   sets.insert(sets.end(), {"validation.interval=1", "validation.tokens=100000", "data.validation_fraction=0.5"});

@@ -3,6 +3,7 @@
 
 #include <cmath>
 
+#include "tests/support/failing.hpp"
 #include "tests/support/tiny_run.hpp"
 
 namespace tessera {
@@ -28,6 +29,8 @@ TEST_F(Train, WritesItsRunFolder) {
     EXPECT_EQ(line.at("tokens"), 128 * (i + 1));
     for (const char* key : {"loss", "total_loss", "grad_norm", "lr", "tokens_per_s", "flops_per_s", "peak_bytes", "mtp.1"}) EXPECT_TRUE(line.at(key).is_number()) << key;
     EXPECT_EQ(line.contains("val_loss"), i == 2 || i == 5) << i;
+    EXPECT_EQ(line.contains("save_s"), i == 2 || i == 4) << i;  // behind the steps that saved
+    EXPECT_FALSE(line.contains("save_wait_s")) << i;
   }
   EXPECT_EQ(lines[0].at("lr"), 0.005);
   EXPECT_NEAR(lines[5].at("lr").get<double>(), 0, 1e-12);
@@ -41,6 +44,30 @@ TEST_F(Train, WritesItsRunFolder) {
   bool events = false;
   for (const std::string& name : entries(folder_ / "run")) events |= name.starts_with("events.out.tfevents");
   EXPECT_TRUE(events);
+}
+
+// Every checkpoint of a run that saves in the background is that of one that waits, and is told of as such.
+TEST_F(Train, SavesInTheBackgroundChangeNothing) {
+  const std::vector<std::string> sets{"training.steps=9", "checkpoint.interval=2", "checkpoint.keep_latest_k=0"};
+  ASSERT_EQ(train("waits", sets).code, 0);
+  auto more = sets;
+  more.push_back("checkpoint.async_mode=async");
+  const Finished done = train("goes_on", more, false, failing({.below = (folder_ / "goes_on/checkpoints").string(), .delay_us = 1000}));
+  ASSERT_EQ(done.code, 0) << done.err;
+  expect_same_run("goes_on", "waits", 9);
+  EXPECT_EQ(entries(folder_ / "goes_on/checkpoints"), (std::vector<std::string>{"step-2", "step-4", "step-6", "step-8", "step-9"}));
+  for (const std::string& step : entries(folder_ / "waits/checkpoints")) {
+    for (const char* name : {"model.safetensors", "optimizer.safetensors"})
+      EXPECT_TRUE(file_text(folder_ / "goes_on/checkpoints" / step / name) == file_text(folder_ / "waits/checkpoints" / step / name)) << step << " " << name;
+    auto got = nlohmann::json::parse(file_text(folder_ / "goes_on/checkpoints" / step / "state.json")), want = nlohmann::json::parse(file_text(folder_ / "waits/checkpoints" / step / "state.json"));
+    for (nlohmann::json* state : {&got, &want}) state->at("files").erase("config.toml");  // which names the run
+    EXPECT_EQ(got, want) << step;
+  }
+  // A save takes some tenths of a second, two steps much less: the second had to wait for the first.
+  const auto lines = metrics("goes_on");
+  EXPECT_FALSE(lines[2].contains("save_wait_s"));
+  EXPECT_GT(lines[4].at("save_wait_s").get<double>(), 0);
+  EXPECT_GE(lines[4].at("save_s").get<double>(), lines[4].at("save_wait_s").get<double>());
 }
 
 TEST_F(Train, TheSeedMakesTheRun) {

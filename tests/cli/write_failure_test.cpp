@@ -160,6 +160,40 @@ TEST_F(WriteFailure, ARunEndsAndGoesOnWhenItCanWriteAgain) {
   fmt::print("{} of {} calls failed once:{}\n", kind, all.size(), counts);
 }
 
+// The run ends at a later step, with the error that it would have ended with at once.
+TEST_F(WriteFailure, ASaveInTheBackgroundEndsARunTheSame) {
+  auto sets = kSmall;
+  sets.insert(sets.end(), {"training.steps=1000000", "checkpoint.interval=2", "checkpoint.async_mode=async", "run.folder=run"});
+  const std::string checkpoints = (folder_ / "run/checkpoints").string();
+  const auto is_of_the_second = [&](const Call& call) { return call.name == "write" && call.path.find("/.saving-step-4-") != std::string::npos && call.path.ends_with("/optimizer.safetensors"); };
+  int64_t at = 0;
+  {
+    Process process(folder_, with_sets({"train", "tiny.toml", "--quiet"}, sets), failing({.below = checkpoints, .log = (folder_ / "log").string()}));
+    ASSERT_TRUE(process.wait_until([&] { return !newest("run").empty() && newest("run") != "run/checkpoints/step-2"; }));
+    process.signal(SIGKILL), process.wait();
+  }
+  for (const Call& call : calls(folder_ / "log"))
+    if (at == 0 && is_of_the_second(call)) at = call.number;
+  ASSERT_GT(at, 0);
+  for (const Kind& kind : kKinds) {
+    fs::remove_all(folder_ / "run"), fs::remove(folder_ / "log");
+    const Finished end = tessera(with_sets({"train", "tiny.toml", "--quiet"}, sets), {},
+                                 failing({.below = checkpoints, .at = at, .error = kind.error, .stays = kind.stays, .halves = kind.halves, .log = (folder_ / "log").string()}));
+    Call failed;
+    for (const Call& call : calls(folder_ / "log"))
+      if (call.failed && !failed.failed) failed = call;
+    EXPECT_TRUE(is_of_the_second(failed)) << failed.path;
+    const std::string help = help_of(kind.error);
+    EXPECT_EQ(end.code, 4);
+    EXPECT_EQ(end.err, with_help("step 4: " + said(failed, kind.error), help + (help.empty() ? "" : "; ") + "the last complete checkpoint is run/checkpoints/step-2, and --resume goes on from it"));
+    EXPECT_EQ(entries(checkpoints), std::vector<std::string>{"step-2"});
+    EXPECT_GE(metrics("run").size(), 4u);
+  }
+  const Finished on = tessera(with_sets({"train", "tiny.toml", "--quiet", "--resume"}, sets), {"training.steps=5"});
+  EXPECT_EQ(on.code, 0) << on.err;
+  EXPECT_EQ(newest("run"), "run/checkpoints/step-5");
+}
+
 // Each ninth call; all of them with --all.
 TEST_F(WriteFailure, ANewPluginIsWholeOrAbsent) {
   const fs::path below = folder_ / "blocks", log = folder_ / "log";

@@ -1,14 +1,21 @@
 // Checkpoints: what is saved comes back bit for bit; what is damaged, missing or of another model is named.
 #include "checkpoint/checkpoint.hpp"
 
+#include <ATen/TensorOperators.h>
+#include <ATen/core/grad_mode.h>
+#include <ATen/ops/arange.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
 
 #include <csignal>
+#include <future>
+#include <thread>
 
+#include "checkpoint/saver.hpp"
 #include "tests/support/compare.hpp"
 #include "tests/support/folder.hpp"
 #include "tests/support/model.hpp"
+#include "tests/support/ranks.hpp"
 #include "train/step.hpp"
 
 namespace tessera {
@@ -53,8 +60,13 @@ class Checkpoint : public FolderTest {
 
   fs::path save(Trained& run, int64_t step = 2) {
     const fs::path to = folder_ / "checkpoints" / fmt::format("step-{}", step);
-    save_checkpoint(to, run.built.config, plugins(), run.built.store, &run.optimizer, {.step = step, .tokens = 58, .data = {{"offset", 7}}, .hf = nullptr, .extra = {{"a", 1}}});
+    Saver(run.built.config, plugins(), run.built.store, &run.optimizer).save(to, state(step));
     return to;
+  }
+  static CheckpointState state(int64_t step) { return {.step = step, .tokens = 58, .data = {{"offset", 7}}, .hf = nullptr, .extra = {{"a", 1}}}; }
+  static void expect_same_files(const fs::path& got, const fs::path& want) {
+    ASSERT_EQ(entries(got), entries(want));
+    for (const std::string& name : entries(want)) EXPECT_TRUE(file_text(got / name) == file_text(want / name)) << got << " " << name;
   }
   fs::path saved() {
     Trained run;
@@ -131,6 +143,129 @@ TEST_F(Checkpoint, FrozenParametersHaveNoMoments) {
   Trained thawed;
   EXPECT_EQ(message([&] { load_optimizer(open, thawed.built.store, thawed.optimizer); }),
             (folder_ / "checkpoints/step-1/optimizer.safetensors").string() + ": optimizer.exp_avg.layers.0.pre_norm.weight is missing");
+}
+
+// What is saved in the background is what was there when the save began, however the run goes on meanwhile.
+TEST_F(Checkpoint, ASaveInTheBackgroundIsTheSameSave) {
+  Trained run;
+  Saver saver(run.built.config, plugins(), run.built.store, &run.optimizer, /*in_background=*/true);
+  run.step(1), run.step(2);
+  for (const int64_t step : {2, 4}) {  // the second time into the first one's memory
+    const fs::path now = save(run, step), later = folder_ / fmt::format("later/step-{}", step);
+    std::promise<void> gate;
+    saver.save(later, state(step), [open = gate.get_future().share()] { open.wait(); });
+    run.step(3), run.step(4);
+    EXPECT_TRUE(saver.in_flight());
+    EXPECT_FALSE(fs::exists(later));
+    gate.set_value();
+    saver.finish();
+    EXPECT_FALSE(saver.in_flight());
+    expect_same_files(later, now);
+  }
+  EXPECT_FALSE(file_text(folder_ / "later/step-2/model.safetensors") == file_text(folder_ / "later/step-4/model.safetensors")) << "nothing was trained";
+}
+
+TEST_F(Checkpoint, ASaveWaitsForTheOneBefore) {
+  Trained run;
+  run.step(1);
+  Saver saver(run.built.config, plugins(), run.built.store, &run.optimizer, /*in_background=*/true);
+  std::vector<std::string> order;
+  std::promise<void> gate;
+  saver.save(folder_ / "step-1", state(1), [open = gate.get_future().share()] { open.wait(); }, [&] { order.push_back("the end of the first"); });
+  std::thread opens([&] {
+    std::this_thread::sleep_for(std::chrono::milliseconds(50));
+    gate.set_value();
+  });
+  saver.save(folder_ / "step-2", state(2), [&] { order.push_back("the second"); });
+  opens.join();
+  saver.finish();
+  EXPECT_EQ(order, (std::vector<std::string>{"the end of the first", "the second"}));
+  for (const char* name : {"step-1", "step-2"}) EXPECT_EQ(message([&] { open_checkpoint(folder_ / name); }), "no error");
+}
+
+TEST_F(Checkpoint, ASaveThatFailsInTheBackgroundIsToldOnce) {
+  Trained run;
+  run.step(1);
+  Saver saver(run.built.config, plugins(), run.built.store, &run.optimizer, /*in_background=*/true);
+  const fs::path to = save(run);
+  saver.save(to, state(2));
+  saver.wait();
+  EXPECT_TRUE(saver.failed());
+  EXPECT_EQ(message([&] { saver.finish(); }), to.string() + ": is there already");
+  EXPECT_FALSE(saver.failed());
+  EXPECT_EQ(message([&] { saver.finish(); }), "no error");
+  saver.save(folder_ / "checkpoints/step-3", state(3));
+  EXPECT_EQ(message([&] { saver.finish(); }), "no error");
+  EXPECT_EQ(entries(folder_ / "checkpoints"), (std::vector<std::string>{"step-2", "step-3"}));
+}
+
+// In one process and over two, at once and in the background: always the same bytes.
+TEST_F(Checkpoint, RanksWriteTheFilesOfOneProcess) {
+  const auto save_both_ways = [&](const Mesh& mesh, const MeshGroups* groups, const fs::path& to) {
+    const Config config = parse_config(text("MO/E"), "test.toml", {}, plugins());
+    const ModelPlan plan = make_plan(config, mesh);
+    Store store(plan, at::kCPU, at::kFloat, {}, groups);
+    store.initialise(3);
+    Optimizer optimizer(store, {.lr = 1e-2});
+    optimizer.set_steps_taken(2);
+    for (const std::string& slot : Optimizer::slots())
+      for (const TensorRow& row : tensor_rows(plan)) {
+        if (row.buffer && store.has(row.name)) store.buffer(row.name).fill_(0.25);
+        if (row.param && store.has(row.name)) store.assign(row.name, optimizer.slot(slot), at::arange(num_elements(row.shape()), at::kFloat) + static_cast<double>(row.name.size() + slot.size()));
+      }
+    Saver(config, plugins(), store, &optimizer).save(to / "now", state(2));
+    Saver saver(config, plugins(), store, &optimizer, /*in_background=*/true);
+    const std::string before = groups && groups->place().rank != 0 ? "" : "first";
+    std::promise<void> gate;
+    std::string called;
+    saver.save(to / "later", state(2), [&called, open = gate.get_future().share()] { open.wait(), called = "first"; });
+    const at::NoGradGuard no_grad;
+    for (FlatGroup& group : store.groups())
+      for (const at::Tensor* tensor : {&group.data, &group.exp_avg, &group.exp_avg_sq}) tensor->zero_();
+    for (const TensorRow& row : tensor_rows(plan))
+      if (row.buffer && store.has(row.name)) store.buffer(row.name).zero_();
+    gate.set_value();
+    saver.finish();
+    EXPECT_EQ(called, before);
+    EXPECT_TRUE(fs::exists(to / "later"));
+  };
+  save_both_ways({}, nullptr, folder_ / "one");
+  expect_same_files(folder_ / "one/later", folder_ / "one/now");
+  int number = 0;
+  for (const Mesh& mesh : {Mesh{.dp_shard = 2}, Mesh{.tp = 2}, Mesh{.dp_replicate = 2}, Mesh{.dp_shard = 2, .ep = 2}}) {
+    SCOPED_TRACE(mesh_text(mesh));
+    const fs::path to = folder_ / fmt::format("mesh{}", number++);
+    run_ranks(mesh, [&](MeshGroups& groups) { save_both_ways(mesh, &groups, to); });
+    EXPECT_EQ(entries(to), (std::vector<std::string>{"later", "now"}));
+    for (const char* name : {"now", "later"}) expect_same_files(to / name, folder_ / "one/now");
+  }
+}
+
+// All ranks throw the failure of one, whichever it is, and nothing is left of the save.
+TEST_F(Checkpoint, ASaveThatFailsOnOneRankFailsOnAll) {
+  for (const bool in_background : {false, true}) {
+    std::array<std::string, 2> messages;
+    run_ranks({.dp_shard = 2}, [&](MeshGroups& groups) {
+      const Config config = parse_config(text(), "test.toml", {}, plugins());
+      const ModelPlan plan = make_plan(config, groups.mesh());
+      Store store(plan, at::kCPU, at::kFloat, {}, &groups);
+      store.initialise(3);
+      Saver saver(config, plugins(), store, nullptr, in_background);
+      const auto once = [&](const fs::path& to, bool fails) {
+        return message([&] {
+          saver.save(to, state(2), [&] {
+            if (fails) throw Error(ExitCode::kRuntime, "the first rank could not");
+          });
+          saver.finish();
+        });
+      };
+      std::string& own = messages[static_cast<size_t>(groups.place().rank)];
+      for (const bool fails : {true, false, false}) own += once(folder_ / "runs/step-2", fails) + "; ";
+    });
+    for (const std::string& text : messages) EXPECT_EQ(text, "the first rank could not; no error; " + (folder_ / "runs/step-2").string() + ": is there already; ");
+    EXPECT_EQ(entries(folder_ / "runs"), std::vector<std::string>{"step-2"});
+    fs::remove_all(folder_ / "runs");
+  }
 }
 
 TEST_F(Checkpoint, NamesWhatIsMissing) {
@@ -279,7 +414,7 @@ TEST_F(Checkpoint, APartOfAnotherShapeKeepsItsInitialValues) {
 TEST_F(Checkpoint, AResumeNeedsTheOptimizersState) {
   Trained run;
   const fs::path to = folder_ / "weights";
-  save_checkpoint(to, run.built.config, plugins(), run.built.store, nullptr, {});
+  Saver(run.built.config, plugins(), run.built.store, nullptr).save(to, {});
   const OpenCheckpoint open = open_checkpoint(to);
   EXPECT_EQ(message([&] { load_optimizer(open, run.built.store, run.optimizer); }), to.string() + ": holds no optimizer state, so a run cannot be resumed from it");
 }

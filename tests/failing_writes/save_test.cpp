@@ -6,7 +6,7 @@
 #include <cstring>
 #include <functional>
 
-#include "checkpoint/checkpoint.hpp"
+#include "checkpoint/saver.hpp"
 #include "hf/convert.hpp"
 #include "metrics/events.hpp"
 #include "metrics/metrics_file.hpp"
@@ -86,27 +86,34 @@ class FailingWrites : public FolderTest {
   }
 };
 
+// At once and in the background, each with every other kind of failure; with --all both with every kind.
 TEST_F(FailingWrites, OfASaveLeaveTheLastCheckpoint) {
   Built built(kModel);
   Optimizer optimizer(built.store, {.lr = 1e-2});
   const fs::path below = folder_ / "checkpoints", old = below / "step-2", next = below / "step-3";
-  const auto save = [&](const fs::path& to, int64_t step) {
-    save_checkpoint(to, built.config, plugins(), built.store, &optimizer, {.step = step, .tokens = 58, .data = nullptr, .hf = nullptr, .extra = nullptr});
-  };
-  save(old, 2);
-  for (const Kind& kind : kKinds) {
-    const int64_t calls = each_call(below, kind, [&] { save(next, 3); }, [&](bool unflushed, bool done) {
-      const bool there = fs::exists(next);
-      if (!unflushed) {
-        EXPECT_EQ(there, done);
-      }
-      EXPECT_EQ(entries(below), there ? (std::vector<std::string>{"step-2", "step-3"}) : std::vector<std::string>{"step-2"});
-      EXPECT_EQ(open_checkpoint(folder_).folder, there ? next : old);
-      EXPECT_EQ(open_checkpoint(old).state.step, 2);
-      fs::remove_all(next);
-    });
-    EXPECT_GT(calls, 60);
-    if (HasFailure()) return;
+  for (const bool in_background : {false, true}) {
+    fs::remove_all(below);
+    Saver saver(built.config, plugins(), built.store, &optimizer, in_background);
+    const auto save = [&](const fs::path& to, int64_t step) {
+      saver.save(to, {.step = step, .tokens = 58, .data = nullptr, .hf = nullptr, .extra = nullptr});
+      saver.finish();
+    };
+    save(old, 2);
+    for (const Kind& kind : kKinds) {
+      if (!std::getenv("TESSERA_TEST_ALL") && (&kind - kKinds) % 2 != in_background) continue;
+      const int64_t calls = each_call(below, kind, [&] { save(next, 3); }, [&](bool unflushed, bool done) {
+        const bool there = fs::exists(next);
+        if (!unflushed) {
+          EXPECT_EQ(there, done);
+        }
+        EXPECT_EQ(entries(below), there ? (std::vector<std::string>{"step-2", "step-3"}) : std::vector<std::string>{"step-2"});
+        EXPECT_EQ(open_checkpoint(folder_).folder, there ? next : old);
+        EXPECT_EQ(open_checkpoint(old).state.step, 2);
+        fs::remove_all(next);
+      });
+      EXPECT_GT(calls, 60);
+      if (HasFailure()) return;
+    }
   }
 }
 
