@@ -9,7 +9,7 @@
 #include <functional>
 #include <utility>
 
-#include "parallel/shared_rings.hpp"
+#include "parallel/mailboxes.hpp"
 
 namespace tessera {
 
@@ -77,22 +77,22 @@ class BackendGroup : public Group {
   c10::intrusive_ptr<c10d::Backend> backend_;
 };
 
-class RingFlight final : public Flight {
+class MailboxFlight final : public Flight {
  public:
-  RingFlight(std::shared_ptr<SharedRings> rings, SharedRings::TransferPtr transfer) : rings_(std::move(rings)), transfer_(std::move(transfer)) {}
-  void wait() override { rings_->wait(*transfer_); }
+  MailboxFlight(std::shared_ptr<Mailboxes> boxes, uint64_t number) : boxes_(std::move(boxes)), number_(number) {}
+  void wait() override { boxes_->wait(number_); }
 
  private:
-  std::shared_ptr<SharedRings> rings_;
-  SharedRings::TransferPtr transfer_;
+  std::shared_ptr<Mailboxes> boxes_;
+  uint64_t number_;
 };
 
 // Gathers and scatters made of what each rank has for each other: through memory where they share it, else by sends. c10d's own over Gloo copy the
 // gathered tensor once more, and know no reduce-scatter of tensors.
 class PairwiseGroup final : public BackendGroup {
  public:
-  PairwiseGroup(std::string name, std::vector<int64_t> ranks, int64_t rank, std::shared_ptr<Whereabouts> whereabouts, c10::intrusive_ptr<c10d::Backend> backend, std::shared_ptr<SharedRings> rings)
-      : BackendGroup(std::move(name), std::move(ranks), rank, std::move(whereabouts), std::move(backend)), rings_(std::move(rings)) {}
+  PairwiseGroup(std::string name, std::vector<int64_t> ranks, int64_t rank, std::shared_ptr<Whereabouts> whereabouts, c10::intrusive_ptr<c10d::Backend> backend, std::shared_ptr<Mailboxes> boxes)
+      : BackendGroup(std::move(name), std::move(ranks), rank, std::move(whereabouts), std::move(backend)), boxes_(std::move(boxes)) {}
 
  protected:
   FlightPtr do_all_gather(at::Tensor& out, const at::Tensor& in) const override {
@@ -112,7 +112,7 @@ class PairwiseGroup final : public BackendGroup {
     });
   }
   FlightPtr do_all_to_all(at::Tensor& out, const at::Tensor& in, const std::vector<int64_t>& out_rows, const std::vector<int64_t>& in_rows) const override {
-    if (!rings_) return BackendGroup::do_all_to_all(out, in, out_rows, in_rows);
+    if (!boxes_) return BackendGroup::do_all_to_all(out, in, out_rows, in_rows);
     const at::Tensor from = in.contiguous();
     const std::vector<at::Tensor> sent = from.split_with_sizes(in_rows), received = out.split_with_sizes(out_rows);
     auto flights = exchange(from, sent, received);
@@ -125,8 +125,8 @@ class PairwiseGroup final : public BackendGroup {
   // thread spins while there is something to read on a connection that another thread writes to.
   std::vector<FlightPtr> exchange(const at::Tensor& in, const std::vector<at::Tensor>& sent, const std::vector<at::Tensor>& received) const {
     std::vector<FlightPtr> flights;
-    if (rings_) {
-      flights.push_back(std::make_unique<RingFlight>(rings_, rings_->start(in, sent, received)));
+    if (boxes_) {
+      flights.push_back(std::make_unique<MailboxFlight>(boxes_, boxes_->start(in, sent, received)));
       return flights;
     }
     for (int64_t step = 1; step < size(); ++step) {
@@ -140,7 +140,7 @@ class PairwiseGroup final : public BackendGroup {
     return flights;
   }
 
-  std::shared_ptr<SharedRings> rings_;
+  std::shared_ptr<Mailboxes> boxes_;
 };
 
 }  // namespace
@@ -151,8 +151,8 @@ std::unique_ptr<Group> make_backend_group(std::string name, std::vector<int64_t>
 }
 
 std::unique_ptr<Group> make_pairwise_group(std::string name, std::vector<int64_t> ranks, int64_t rank, std::shared_ptr<Whereabouts> whereabouts,
-                                           c10::intrusive_ptr<c10d::Backend> backend, std::shared_ptr<SharedRings> rings) {
-  return std::make_unique<PairwiseGroup>(std::move(name), std::move(ranks), rank, std::move(whereabouts), std::move(backend), std::move(rings));
+                                           c10::intrusive_ptr<c10d::Backend> backend, std::shared_ptr<Mailboxes> boxes) {
+  return std::make_unique<PairwiseGroup>(std::move(name), std::move(ranks), rank, std::move(whereabouts), std::move(backend), std::move(boxes));
 }
 
 }  // namespace tessera

@@ -19,14 +19,14 @@ class Device;
 
 namespace tessera {
 
-class SharedRings;
+class Mailboxes;
 
 // All collectives are the backend's own (NCCL).
 std::unique_ptr<Group> make_backend_group(std::string name, std::vector<int64_t> ranks, int64_t rank, std::shared_ptr<Whereabouts> whereabouts,
                                           c10::intrusive_ptr<c10d::Backend> backend);
-// Gathers, reduce-scatters (bf16 summed in fp32) and exchanges between each pair of ranks: through `rings`, or, where that is nullptr, by the backend's sends (Gloo).
+// Gathers, reduce-scatters (bf16 summed in fp32) and exchanges between each pair of ranks: through `boxes`, or, where that is nullptr, by the backend's sends (Gloo).
 std::unique_ptr<Group> make_pairwise_group(std::string name, std::vector<int64_t> ranks, int64_t rank, std::shared_ptr<Whereabouts> whereabouts,
-                                           c10::intrusive_ptr<c10d::Backend> backend, std::shared_ptr<SharedRings> rings);
+                                           c10::intrusive_ptr<c10d::Backend> backend, std::shared_ptr<Mailboxes> boxes);
 
 // The network interface that Gloo listens on: of `host` (a name or an address), or, where that is empty, of GLOO_SOCKET_IFNAME or this machine's name.
 std::shared_ptr<gloo::transport::Device> gloo_device(const std::string& host);

@@ -5,7 +5,7 @@
 #include <torch/csrc/distributed/c10d/Backend.hpp>
 #include <torch/csrc/distributed/c10d/PrefixStore.hpp>
 
-#include "parallel/shared_rings.hpp"
+#include "parallel/mailboxes.hpp"
 #include "tessera/error.hpp"
 
 namespace tessera {
@@ -79,8 +79,8 @@ std::unique_ptr<Group> MeshGroups::make(const std::string& name, const std::vect
   try {
     const auto store = c10::make_intrusive<c10d::PrefixStore>(fmt::format("{}/{}/", name, fmt::join(ranks, "-")), world_.store);
     if (world_.compute.is_cuda()) return make_backend_group(name, ranks, here, world_.whereabouts, nccl_backend(store, here, size, world_.compute, world_.timeout));
-    auto rings = world_.shares_memory ? SharedRings::meet(store, here, size, world_.timeout) : nullptr;
-    return make_pairwise_group(name, ranks, here, world_.whereabouts, gloo_backend(store, here, size, world_.device, world_.timeout), std::move(rings));
+    auto boxes = world_.shares_memory ? Mailboxes::meet(store, here, size, world_.timeout) : nullptr;
+    return make_pairwise_group(name, ranks, here, world_.whereabouts, gloo_backend(store, here, size, world_.device, world_.timeout), std::move(boxes));
   } catch (const Error&) {
     throw;
   } catch (const std::exception& error) {

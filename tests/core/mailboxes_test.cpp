@@ -1,5 +1,5 @@
 // What ranks send each other through shared memory, and that sockets give the same.
-#include "parallel/shared_rings.hpp"
+#include "parallel/mailboxes.hpp"
 
 #include <ATen/ops/arange.h>
 #include <ATen/ops/empty.h>
@@ -15,8 +15,6 @@
 namespace tessera {
 namespace {
 
-constexpr int64_t kRing = 4 << 20;  // bytes, see shared_rings.cpp
-
 // Of whole numbers, so that sums are exact.
 at::Tensor numbers(int64_t n, int64_t first, at::ScalarType dtype) { return at::arange(first, first + n, at::kLong).remainder(251).to(dtype); }
 
@@ -28,11 +26,10 @@ class Exchanges : public testing::TestWithParam<bool> {
 };
 INSTANTIATE_TEST_SUITE_P(Over, Exchanges, testing::Values(true, false), [](const auto& info) { return info.param ? "SharedMemory" : "Sockets"; });
 
-// Sizes below, at and beyond what a ring holds, with odd bytes, so that parts and headers lie across its end.
 TEST_P(Exchanges, OfEverySizeArriveWhole) {
   for (const int64_t ranks : {2, 3})
     run(ranks, [&](const Group& group) {
-      for (const int64_t n : ranks == 2 ? std::vector<int64_t>{0, 1, 7, 100'003, kRing / 2 - 3, kRing - 1, kRing, 2 * kRing + 13} : std::vector<int64_t>{0, 13, kRing + 5}) {
+      for (const int64_t n : ranks == 2 ? std::vector<int64_t>{0, 1, 7, 100'003, 9'000'001} : std::vector<int64_t>{0, 13, 3'000'005}) {
         const at::Tensor out = at::empty({group.size() * n}, at::kByte);
         group.all_gather(out, numbers(n, group.rank(), at::kByte));
         for (int64_t r = 0; r < ranks; ++r) ASSERT_TRUE(at::equal(out.narrow(0, r * n, n), numbers(n, r, at::kByte))) << n;
@@ -75,21 +72,41 @@ TEST_P(Exchanges, OfUnevenRowsGoWhereTheyBelong) {
   });
 }
 
-// More than the rings hold is begun before anything is waited for, and not in the order in which it was begun.
+// Nothing is waited for before all is begun, and then in another order; the second time the boxes are used again.
 TEST_P(Exchanges, MayAllBeInFlightAtOnce) {
   run(2, [&](const Group& group) {
-    const int64_t n = kRing / 8;
-    std::vector<at::Tensor> outs;
-    std::vector<FlightPtr> flights;
-    for (int64_t i = 0; i < 12; ++i) {
-      outs.push_back(at::empty({2 * n}, at::kInt));
-      flights.push_back(group.start_all_gather(outs.back(), at::full({n}, 100 * group.rank() + i, at::kInt)));
-    }
-    for (const int64_t i : {11, 3, 0, 1, 2, 10, 9, 4, 5, 6, 7, 8}) {
-      flights[static_cast<size_t>(i)]->wait();
-      for (int64_t r = 0; r < 2; ++r) EXPECT_TRUE(at::equal(outs[static_cast<size_t>(i)].narrow(0, r * n, n), at::full({n}, 100 * r + i, at::kInt)));
+    const int64_t n = 500'000;
+    for (const int64_t round : {0, 1}) {
+      std::vector<at::Tensor> outs;
+      std::vector<FlightPtr> flights;
+      for (int64_t i = 0; i < 12; ++i) {
+        outs.push_back(at::empty({2 * n}, at::kInt));
+        flights.push_back(group.start_all_gather(outs.back(), at::full({n}, 1000 * round + 100 * group.rank() + i, at::kInt)));
+      }
+      for (const size_t i : {11, 3, 0, 1, 2, 10, 9, 4, 5, 6, 7, 8}) {
+        flights[i]->wait();
+        for (int64_t r = 0; r < 2; ++r)
+          EXPECT_TRUE(at::equal(outs[i].narrow(0, r * n, n), at::full({n}, 1000 * round + 100 * r + static_cast<int64_t>(i), at::kInt)));
+      }
     }
   });
+}
+
+// A rank that waits in one group has sent all that another rank waits for in another.
+TEST_P(Exchanges, OfOneGroupDoNotWaitForThoseOfAnother) {
+  run_ranks({.tp = 2}, [](MeshGroups& groups) {
+    const Group &one = *groups.tensor(), &other = *groups.sequence();
+    const int64_t n = 20'000'000, rank = one.rank();
+    const at::Tensor out = at::empty({2 * n}, at::kByte), small = at::empty({2}, at::kByte);
+    const FlightPtr flight = one.start_all_gather(out, at::full({n}, rank + 1, at::kByte));
+    if (rank == 1) flight->wait();
+    other.all_gather(small, at::full({1}, rank + 3, at::kByte));
+    if (rank == 0) flight->wait();
+    for (int64_t r = 0; r < 2; ++r) {
+      EXPECT_TRUE(at::equal(out.narrow(0, r * n, n), at::full({n}, r + 1, at::kByte)));
+      EXPECT_EQ(small[r].item<int64_t>(), r + 3);
+    }
+  }, std::chrono::seconds(60), GetParam());
 }
 
 TEST_P(Exchanges, EndWhereARankHasLeft) {
@@ -122,7 +139,7 @@ TEST_P(Exchanges, EndWhereARankDoesNotCome) {
   EXPECT_NE(message.find(GetParam() ? "timed out after 2 s" : "imed out"), std::string::npos) << message;
 }
 
-TEST(SharedRings, RefuseOtherSizes) {
+TEST(Mailboxes, RefuseOtherSizes) {
   std::string message;
   try {
     run_ranks({.tp = 2}, [&](MeshGroups& groups) {
