@@ -154,7 +154,7 @@ class Table : public testing::Environment {
     std::ofstream out(path);
     out << "# Every layout against one process\n"
            "Made by `TESSERA_LAYOUT_TABLE=docs/layouts.md ./tessera test Layouts --all`: five steps of AdamW over the same eight rows of 24 tokens a step, packed from documents of 1 to 24 tokens, in\n"
-           "fp32, ranks over Gloo. Largest differences to one process, relative to the largest value: of the loss in any step, of any parameter's gradient in the first, of the gradient norm in any, of any weight after five.\n"
+           "fp32, ranks that share memory and talk over Gloo. Largest differences to one process, relative to the largest value: of the loss in any step, of any parameter's gradient in the first, of the gradient norm in any, of any weight after five.\n"
            "Adam divides by the gradient's size, so weights whose gradient is near zero differ by more than gradients do.\n\n"
            "| layout | pattern | rows a micro-batch | with | ranks | loss | gradients | gradient norm | weights |\n|---|---|---|---|---|---|---|---|---|\n";
     for (const Measured& m : measured()) {
