@@ -75,7 +75,6 @@ void add_mesh(CLI::App& verb, std::string& mesh) {
 int over_ranks(const std::string& text, const std::function<int(const MeshGroups*)>& work) {
   const Mesh mesh = parse_mesh(text);
   World world = rendezvous(std::chrono::minutes(10));
-  world.compute = choose_device("auto", world.local_rank);
   const double ranks = 1.0 * mesh.pp * mesh.dp_replicate * mesh.dp_shard * mesh.cp * mesh.tp;  // may be more than 64 bits hold
   const std::string another = fmt::format("--mesh dp_shard={}", world.size);
   if (text.empty() && world.size > 1)
@@ -84,11 +83,12 @@ int over_ranks(const std::string& text, const std::function<int(const MeshGroups
     throw Error(ExitCode::kUsage, fmt::format("--mesh: {} is for {:.0f} ranks, there {} {}", text, ranks, world.size > 1 ? "are" : "is", world.size),
                 ranks > 256 ? "for example " + another : fmt::format("start that many with `tessera launch -n {:.0f}`, or for example {}", ranks, another));
   if (world.size == 1) return work(nullptr);
+  world.compute = choose_device("auto", world.local_rank);
   std::unique_ptr<MeshGroups> groups;
   Watch watch(world);
   watch.set_mesh(mesh);
   return watch.run([&] {
-    agree(world, {{"build", TESSERA_VERSION " " TESSERA_BUILD_KEY}, {"device", world.compute.is_cuda() ? "cuda" : "cpu"}, {"mesh", mesh_text(mesh)}});
+    agree(world, {{"build", TESSERA_VERSION " " TESSERA_BUILD_KEY}, {"device", c10::DeviceTypeName(world.compute.type(), /*lower_case=*/true)}, {"mesh", mesh_text(mesh)}});
     groups = std::make_unique<MeshGroups>(world, mesh);
     const int code = work(groups.get());
     return world.rank == 0 ? code : 0;

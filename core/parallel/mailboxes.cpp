@@ -18,6 +18,8 @@
 #include <string>
 #include <torch/csrc/distributed/c10d/Store.hpp>
 
+#include "parallel/rendezvous.hpp"
+
 namespace tessera {
 
 namespace {
@@ -34,18 +36,12 @@ struct alignas(kAlign) Count {
 static_assert(std::atomic<uint64_t>::is_always_lock_free && std::atomic<uint32_t>::is_always_lock_free);
 
 // What two processes must have in common to share memory as ranks of one machine: a network too, so that containers count as machines.
-std::string machine() {
-  std::string text;
-  for (const char* name : {"/proc/self/ns/pid", "/proc/self/ns/net", "/proc/self/ns/user"}) {
-    char link[256];
-    const ssize_t size = ::readlink(name, link, sizeof(link));
-    text += std::string(link, static_cast<size_t>(std::max<ssize_t>(size, 0))) + " ";
-  }
-  char boot[64] = {};
-  if (const int fd = ::open("/proc/sys/kernel/random/boot_id", O_RDONLY | O_CLOEXEC); fd >= 0) {
-    const ssize_t size = ::read(fd, boot, sizeof(boot) - 1);
-    text.append(boot, static_cast<size_t>(std::max<ssize_t>(size, 0)));
-    ::close(fd);
+std::string sharing_identity() {
+  std::string text = network_identity();
+  for (const char* name : {"/proc/self/ns/pid", "/proc/self/ns/user"}) {
+    char link[64] = "";
+    (void)!::readlink(name, link, sizeof link - 1);
+    text = text + "\n" + link;
   }
   return text;
 }
@@ -80,18 +76,19 @@ std::shared_ptr<Mailboxes> Mailboxes::meet(c10::intrusive_ptr<c10d::Store> store
     const auto bytes = store->get(fmt::format("boxes/{}/{}", what, of));
     return std::string(bytes.begin(), bytes.end());
   };
+  const std::string here = sharing_identity();
   std::shared_ptr<Mailboxes> boxes(new Mailboxes(rank, size, timeout));
   const auto at = [](int64_t i) { return static_cast<size_t>(i); };
   const int own = ::memfd_create("tessera-rank", MFD_CLOEXEC);
   rlimit most_bytes{};  // a file beyond it would be a signal
   ::getrlimit(RLIMIT_FSIZE, &most_bytes);
   bool good = own >= 0 && most_bytes.rlim_cur >= Box::mapped(size) && ::ftruncate(own, static_cast<off_t>(Box::mapped(size))) == 0 && (boxes->boxes_[at(rank)] = boxes->map(own));
-  say("at", rank, fmt::format("{} {} {}", getpid(), own, good ? machine() : "nowhere"));
+  say("at", rank, fmt::format("{} {} {}", getpid(), own, good ? here : "nowhere"));
   for (int64_t r = 0; r < size && good; ++r) {
     const std::string there = hear("at", r);
     if (r == rank) continue;
     int process = -1, fd = -1, read = 0;
-    good = std::sscanf(there.c_str(), "%d %d %n", &process, &fd, &read) == 2 && there.substr(static_cast<size_t>(read)) == machine();
+    good = std::sscanf(there.c_str(), "%d %d %n", &process, &fd, &read) == 2 && there.substr(static_cast<size_t>(read)) == here;
     if (!good) break;
     const int theirs = ::open(fmt::format("/proc/{}/fd/{}", process, fd).c_str(), O_RDWR | O_CLOEXEC);
     struct stat info;

@@ -127,15 +127,6 @@ Route reach(const Started& start, std::chrono::milliseconds timeout) {
   }
 }
 
-// What is equal on processes that reach each other by loopback, and on no others: the machine's boot and its network namespace.
-std::string network_identity() {
-  std::string boot;
-  std::ifstream("/proc/sys/kernel/random/boot_id") >> boot;
-  char space[64] = "";
-  (void)!::readlink("/proc/self/ns/net", space, sizeof space - 1);
-  return host_name() + "\n" + boot + "\n" + space;
-}
-
 bool is_loopback(const std::string& address) { return address.starts_with("127.") || address == "::1"; }
 
 // An address of this machine that others can reach: MASTER_ADDR may be a name that rank 0 itself knows as loopback.
@@ -188,6 +179,14 @@ c10::intrusive_ptr<c10d::Store> serve_store(uint16_t& port, bool loopback, std::
 
 c10::intrusive_ptr<c10d::Store> run_store(c10::intrusive_ptr<c10d::Store> store, const std::string& attempt) {
   return c10::make_intrusive<c10d::PrefixStore>("tessera/" + attempt, std::move(store));
+}
+
+std::string network_identity() {
+  std::string boot;
+  std::ifstream("/proc/sys/kernel/random/boot_id") >> boot;
+  char space[64] = "";
+  (void)!::readlink("/proc/self/ns/net", space, sizeof space - 1);
+  return host_name() + "\n" + boot + "\n" + space;
 }
 
 World rendezvous(std::chrono::milliseconds timeout, const Started& start) {

@@ -28,5 +28,7 @@ c10::intrusive_ptr<c10d::Store> run_store(c10::intrusive_ptr<c10d::Store> store,
 std::string first_line(const std::exception& error);
 // This machine's name.
 std::string host_name();
+// What is equal on processes that reach each other by loopback, and on no others: the machine's boot and its network namespace.
+std::string network_identity();
 
 }  // namespace tessera

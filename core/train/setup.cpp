@@ -27,7 +27,7 @@ at::Device choose_device(const std::string& device, int64_t local_rank) {
 at::Device choose_device(const std::string& device, const MeshGroups* ranks) {
   if (!ranks) return choose_device(device);
   const at::Device compute = ranks->world().compute;
-  if (device != "auto" && device != (compute.is_cuda() ? "cuda" : "cpu"))
+  if (device != "auto" && device != c10::DeviceTypeName(compute.type(), /*lower_case=*/true))
     throw Error(ExitCode::kUsage, fmt::format("training.device: {} is asked for, but the ranks exchange tensors of {}", device, compute.str()), "add --set training.device=auto");
   return compute;
 }

@@ -2,11 +2,9 @@
 
 #include <ATen/TensorOperators.h>
 #include <ATen/core/grad_mode.h>
-#include <ATen/ops/empty.h>
 #include <ATen/ops/isfinite.h>
 #include <ATen/ops/stack.h>
 #include <ATen/ops/tensor.h>
-#include <ATen/ops/zeros.h>
 #include <fmt/format.h>
 #include <torch/csrc/autograd/autograd.h>
 
@@ -14,6 +12,7 @@
 #include <cmath>
 #include <nlohmann/json.hpp>
 
+#include "parallel/reports.hpp"
 #include "plan/traffic.hpp"
 #include "train/pipeline.hpp"
 
@@ -110,19 +109,13 @@ void sum_over_ranks(const MeshGroups& ranks, at::Device device, StepResult& resu
       for (auto& [name, count] : counts) ranks.stage()->all_reduce(count = count.contiguous());
   }
   if (!ranks.pipe()) return;
-  constexpr int64_t kBytes = kLossReportBytes;
-  const nlohmann::json own{{"loss", result.loss}, {"total", result.total_loss}, {"parts", result.parts}};
-  const std::vector<uint8_t> bytes = nlohmann::json::to_cbor(own);
-  if (static_cast<int64_t>(bytes.size()) > kBytes) throw Error(ExitCode::kRuntime, fmt::format("{} losses with names do not fit into {} bytes", result.parts.size(), kBytes));
-  at::Tensor text = at::zeros({kBytes}, at::kByte), all = at::empty({kBytes * ranks.pipe()->size()}, at::TensorOptions(at::kByte).device(device));
-  std::copy(bytes.begin(), bytes.end(), text.mutable_data_ptr<uint8_t>());
-  ranks.pipe()->all_gather(all, text.to(device));
-  const at::Tensor host = all.to(at::kCPU);
+  const auto own = nlohmann::json::to_cbor({{"loss", result.loss}, {"total", result.total_loss}, {"parts", result.parts}});
+  if (static_cast<int64_t>(own.size()) > kLossReportBytes)
+    throw Error(ExitCode::kRuntime, fmt::format("{} losses with names do not fit into {} bytes", result.parts.size(), kLossReportBytes));
+  const auto stages = gather_reports(*ranks.pipe(), device, own, kLossReportBytes);
   result.loss = result.total_loss = 0;
   result.parts.clear();
-  for (int64_t r = 0; r < ranks.pipe()->size(); ++r) {
-    const uint8_t* from = host.const_data_ptr<uint8_t>() + r * kBytes;
-    const auto stage = nlohmann::json::from_cbor(from, from + kBytes, /*strict=*/false);
+  for (const nlohmann::json& stage : stages) {
     result.loss += stage["loss"].get<double>();
     result.total_loss += stage["total"].get<double>();
     for (const auto& [name, part] : stage["parts"].items()) result.parts[name] += part.get<double>();

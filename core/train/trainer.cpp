@@ -3,7 +3,6 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/full.h>
 #include <fmt/format.h>
 #include <unistd.h>
 
@@ -26,6 +25,7 @@
 #include "model/model.hpp"
 #include "parallel/agree.hpp"
 #include "parallel/rendezvous.hpp"
+#include "parallel/reports.hpp"
 #include "parallel/watch.hpp"
 #include "plan/memory.hpp"
 #include "plugin/program.hpp"
@@ -72,13 +72,13 @@ class Run {
     if (!has_data(config_)) throw Error(ExitCode::kUsage, "data: the table is missing, so there is nothing to train on", "for example [data] source = \"bytes\" and path = \"{libtorch}/**/*.h\"");
     dataset_ = Dataset::open(config_.data, config_.model.vocab_size, {{"libtorch", libtorch_include().string()}});
     if (world_.size > 1) {
-      agree(world_, {{"build", TESSERA_VERSION " " TESSERA_BUILD_KEY}, {"plugins", plugin_files(registry_)}, {"device", world_.compute.is_cuda() ? "cuda" : "cpu"}, {"configuration", to_toml(config_)}, {"data", dataset_->hash()}});
+      agree(world_, {{"build", TESSERA_VERSION " " TESSERA_BUILD_KEY}, {"plugins", plugin_files(registry_)}, {"device", c10::DeviceTypeName(world_.compute.type(), /*lower_case=*/true)}, {"configuration", to_toml(config_)}, {"data", dataset_->hash()}});
       groups = std::make_unique<MeshGroups>(world_, mesh_);
       ranks_ = groups.get();
     }
     if (open_folder()) return 0;
     apply_runtime(config_.training, world_.local_size);
-    device_ = choose_device(config_.training.device, ranks_);
+    device_ = world_.compute;
     // What `auto` measured once holds for the whole run: a resumed curve is the uninterrupted one.
     if (resume_from_ && config_.training.dtype == "auto") config_.training.dtype = checkpoint_config(*resume_from_, {}, registry_).training.dtype;
     dtype_ = choose_dtype(from_first(world_, "dtype", first() ? dtype_name(choose_dtype(config_.training.dtype, device_)) : ""), device_);
@@ -287,21 +287,9 @@ class Run {
   // What each stage says of its own layers, together.
   json of_all_stages(const json& own) const {
     if (!ranks_ || !ranks_->pipe()) return own;
-    const Group& pipe = *ranks_->pipe();
     ranks_->whereabouts().place = "the details of a step";
-    const std::vector<uint8_t> bytes = json::to_cbor(own);
-    const at::Tensor most = at::full({1}, static_cast<int64_t>(bytes.size()), at::TensorOptions(at::kLong).device(device_));
-    pipe.all_reduce(most, Reduce::kMax);
-    const int64_t room = most.item<int64_t>();
-    const at::Tensor text = at::full({room}, 0, at::kByte), all = at::full({room * pipe.size()}, 0, at::TensorOptions(at::kByte).device(device_));
-    std::copy(bytes.begin(), bytes.end(), text.mutable_data_ptr<uint8_t>());
-    pipe.all_gather(all, text.to(device_));
-    const at::Tensor host = all.to(at::kCPU);
     json together = json::object();
-    for (int64_t stage = 0; stage < pipe.size(); ++stage) {
-      const uint8_t* from = host.const_data_ptr<uint8_t>() + stage * room;
-      together.update(json::from_cbor(from, from + room, /*strict=*/false));
-    }
+    for (const json& stage : gather_reports(*ranks_->pipe(), device_, json::to_cbor(own))) together.update(stage);
     return together;
   }
 
