@@ -48,12 +48,6 @@ class DistributedTrain : public TinyRunTest {
         EXPECT_LT(std::abs(a - b), 2e-4 * std::abs(b)) << what << ": " << key << " of step " << i + 1;
       }
   }
-  std::vector<pid_t> ranks_of(pid_t launcher) const {
-    std::ifstream file(fmt::format("/proc/{}/task/{}/children", launcher, launcher));
-    std::vector<pid_t> list;
-    for (pid_t pid; file >> pid;) list.push_back(pid);
-    return list;
-  }
   bool saving() const {
     if (!fs::exists(folder_ / "run/checkpoints")) return false;
     for (const std::string& name : entries(folder_ / "run/checkpoints"))

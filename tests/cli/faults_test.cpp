@@ -74,12 +74,6 @@ class Faults : public TinyRunTest {
     EXPECT_EQ(ends[1].err, "");
     EXPECT_FALSE(fs::exists(folder_ / "run"));
   }
-  static std::vector<pid_t> ranks_of(pid_t launcher) {
-    std::ifstream file(fmt::format("/proc/{}/task/{}/children", launcher, launcher));
-    std::vector<pid_t> list;
-    for (pid_t pid; file >> pid;) list.push_back(pid);
-    return list;
-  }
   // Its main thread has slept for long: it waits in a collective.
   static bool waits(pid_t pid) {
     for (int i = 0; i < 60; ++i) {

@@ -25,8 +25,7 @@ class MemoryPlan : public TinyRunTest {
     const Finished end = run_tessera(folder_, with_sets({"launch", "-n", "2", "train", config_}, more));
     EXPECT_EQ(end.code, 0) << end.err;
     double most = 0;
-    std::istringstream lines(file_text(run / "metrics.jsonl"));
-    for (std::string line; std::getline(lines, line);) most = std::max(most, nlohmann::json::parse(line)["peak_bytes"].get<double>());
+    for (const auto& line : metrics_of(run)) most = std::max(most, line["peak_bytes"].get<double>());
     return most / (1 << 20);
   }
 };

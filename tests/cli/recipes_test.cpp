@@ -11,7 +11,7 @@
 
 #include "checkpoint/checkpoint.hpp"
 #include "parallel/mesh_groups.hpp"
-#include "tests/support/process.hpp"
+#include "tests/support/tiny_run.hpp"
 
 namespace tessera {
 namespace {
@@ -117,13 +117,6 @@ Runs& runs() {
 }
 const testing::Environment* const kRuns = testing::AddGlobalTestEnvironment(&runs());
 
-std::vector<json> metrics(const fs::path& run) {
-  std::vector<json> lines;
-  std::ifstream file(run / "metrics.jsonl");
-  for (std::string line; std::getline(file, line);) lines.push_back(json::parse(line));
-  return lines;
-}
-
 double difference(double got, double want) { return std::abs(got - want) / std::abs(want); }
 
 // Of any of the tensors, relative to its largest value.
@@ -156,7 +149,7 @@ void compare(const Recipe& recipe) {
   const fs::path one = runs().reference(recipe.model), many = runs().train(recipe, name_of(recipe));
   if (testing::Test::HasFailure()) return;
   Runs::Measured m{.recipe = recipe};
-  const auto got = metrics(many), want = metrics(one);
+  const auto got = metrics_of(many), want = metrics_of(one);
   ASSERT_EQ(static_cast<int64_t>(want.size()), kSteps);
   ASSERT_EQ(static_cast<int64_t>(got.size()), kSteps);
   for (size_t s = 0; s < want.size(); ++s) {

@@ -58,6 +58,21 @@ validation_fraction = 0.2
 tensorboard = false
 )";
 
+inline std::vector<nlohmann::json> metrics_of(const std::filesystem::path& run) {
+  std::vector<nlohmann::json> lines;
+  std::ifstream file(run / "metrics.jsonl");
+  for (std::string line; std::getline(file, line);)
+    if (auto object = nlohmann::json::parse(line, nullptr, false); !object.is_discarded()) lines.push_back(std::move(object));  // a line may be half written
+  return lines;
+}
+
+inline std::vector<pid_t> ranks_of(pid_t launcher) {
+  std::ifstream file(fmt::format("/proc/{}/task/{}/children", launcher, launcher));
+  std::vector<pid_t> list;
+  for (pid_t pid; file >> pid;) list.push_back(pid);
+  return list;
+}
+
 class TinyRunTest : public FolderTest {
  protected:
   void SetUp() override {
@@ -84,13 +99,7 @@ class TinyRunTest : public FolderTest {
     return tessera(words, sets, prepare);
   }
 
-  std::vector<nlohmann::json> metrics(const std::string& run) const {
-    std::vector<nlohmann::json> lines;
-    std::ifstream file(folder_ / run / "metrics.jsonl");
-    for (std::string line; std::getline(file, line);)
-      if (auto object = nlohmann::json::parse(line, nullptr, false); !object.is_discarded()) lines.push_back(std::move(object));  // a line may be half written
-    return lines;
-  }
+  std::vector<nlohmann::json> metrics(const std::string& run) const { return metrics_of(folder_ / run); }
   // What a step did, without what depends on the machine's mood.
   static nlohmann::json numbers(nlohmann::json line) {
     for (const char* key : {"tokens_per_s", "flops_per_s", "peak_bytes", "save_s", "save_wait_s"}) line.erase(key);
