@@ -11,7 +11,7 @@ namespace tessera {
 class Mlp final : public Block {
  public:
   static constexpr BlockInfo kInfo{
-      .type = "mlp", .symbols = {{"card", 'E'}, {"nemotron", '-'}}, .source = "arXiv:2109.08668 (squared ReLU); arXiv:2504.03624 (Nemotron-H)"};
+      .type = "mlp", .symbols = {{"card", 'E'}, {"nemotron", '-'}}, .takes_pieces = true, .source = "arXiv:2109.08668 (squared ReLU); arXiv:2504.03624 (Nemotron-H)"};
 
   struct Config {
     int64_t intermediate_size = 0;

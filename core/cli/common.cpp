@@ -35,7 +35,7 @@ std::unique_ptr<Runnable> open_runnable(const std::string& folder, const std::ve
   const at::Device device = choose_device(loaded.config.training.device, ranks);
   auto runnable = std::make_unique<Runnable>(Runnable{.registry = std::move(loaded.registry), .checkpoint = std::move(checkpoint), .config = std::move(loaded.config)});
   runnable->plan = make_plan(runnable->config, mesh);
-  runnable->store = std::make_unique<Store>(runnable->plan, device, choose_dtype(runnable->config.training.dtype, device), std::vector<std::string>{}, ranks);
+  runnable->store = std::make_unique<Store>(runnable->plan, device, choose_dtype(runnable->config.training.dtype, device, ranks), std::vector<std::string>{}, ranks);
   load_weights(runnable->checkpoint.model, *runnable->store);
   runnable->model = std::make_unique<Model>(runnable->plan, *runnable->store);
   return runnable;

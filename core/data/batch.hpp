@@ -11,6 +11,7 @@ struct Batch {
   Spans spans;             // in training each a whole document
   at::Tensor valid_n;      // bool [N], false at padding; undefined: all valid
   at::Tensor loss_mask_n;  // bool [N], true where the id may be a target; undefined: all
+  int64_t first_token = 0;  // of ids_n: its number in training's order, of all global batches end to end
 };
 
 }  // namespace tessera

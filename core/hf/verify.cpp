@@ -109,7 +109,7 @@ class Verifier {
  public:
   Verifier(const Config& config, const Inputs& inputs, const fs::path& folder, const MeshGroups* ranks)
       : config_(config), in_(inputs), ranks_(ranks), mesh_(ranks ? ranks->mesh() : Mesh{}), plan_(make_plan(config, mesh_)), device_(choose_device(config.training.device, ranks)),
-        store_(plan_, device_, choose_dtype(config.training.dtype, device_), config.training.freeze, ranks),
+        store_(plan_, device_, choose_dtype(config.training.dtype, device_, ranks), config.training.freeze, ranks),
         model_(plan_, store_, recomputed_bindings(config.activation_checkpoint)) {
     load_hf(folder, plan_, store_);
     const int64_t B = in_.ids_bt.size(0), data_ranks = mesh_.dp_replicate * mesh_.dp_shard, rows = config_.training.local_batch_size;

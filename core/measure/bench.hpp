@@ -1,9 +1,11 @@
 // Throughput of whole training steps and of decoding, on random tokens.
 #pragma once
+#include <map>
 #include <string>
 #include <vector>
 
 #include "config/config.hpp"
+#include "parallel/mesh_groups.hpp"
 
 namespace tessera {
 
@@ -18,20 +20,31 @@ struct BenchOptions {
 struct PartTime {
   std::string name;
   int64_t num_layers = 0;
-  double forward_s = 0, recompute_s = 0, backward_s = 0;  // medians over steps
+  double forward_s = 0, recompute_s = 0, backward_s = 0;  // medians over steps, means over ranks
   double flops = 0, bytes = 0;                            // of a step: declared forward, and twice that backward
   double seconds() const { return forward_s + recompute_s + backward_s; }
 };
 
-struct BenchResult {
-  std::string config, dtype, device;
-  int64_t params = 0, peak_bytes = 0;
-  double train_tokens_per_s = 0, train_step_s = 0, train_flops_per_s = 0;  // medians
-  double prefill_tokens_per_s = 0, decode_tokens_per_s = 0;
-  double matrix_peak = 0, memory_peak = 0;  // FLOP/s and bytes/s of this machine, measured
-  std::vector<PartTime> parts;  // the slowest first
+// Where a rank's time of a training step goes, medians over steps: its own work, and waiting in collectives and for neighbouring pipeline stages (0 on a GPU,
+// where streams wait).
+struct RankTime {
+  std::string place;  // "rank 1 (tp 1)"
+  double compute_s = 0, wait_s = 0, pipeline_wait_s = 0;
+  int64_t peak_bytes = 0;
+  std::map<std::string, int64_t> sent_bytes, planned_bytes;  // of a step, by axis: counted, and from the plan's rows
 };
 
-BenchResult bench(const Config& config, const BenchOptions& options);
+struct BenchResult {
+  std::string config, dtype, device;
+  int64_t params = 0, peak_bytes = 0;  // of the rank that takes most
+  double train_tokens_per_s = 0, train_step_s = 0, train_flops_per_s = 0;  // medians
+  double prefill_tokens_per_s = 0, decode_tokens_per_s = 0;
+  double matrix_peak = 0, memory_peak = 0;  // FLOP/s and bytes/s of all ranks at once, measured
+  std::vector<PartTime> parts;  // the slowest first
+  std::vector<RankTime> ranks;  // none in a single process
+};
+
+// Over several ranks (`ranks` not nullptr) all call it and get the same result, but decoding rates, which are rank 0's; context-parallel ranks do not decode.
+BenchResult bench(const Config& config, const BenchOptions& options, const MeshGroups* ranks = nullptr);
 
 }  // namespace tessera

@@ -11,29 +11,38 @@
 
 namespace tessera {
 
-ExchangeMetrics::Totals ExchangeMetrics::totals() const {
-  Totals totals;
-  for (const Group* group : ranks_.list()) {
-    (group == ranks_.pipe() ? totals.pipeline_wait_s : totals.wait_s) += group->waited_s();
-    totals.sent_bytes[group->name()] += group->sent_bytes();
+Exchanged exchanged(const MeshGroups& ranks) {
+  Exchanged all;
+  for (const Group* group : ranks.list()) {
+    (group == ranks.pipe() ? all.pipeline_wait_s : all.wait_s) += group->waited_s();
+    all.sent_bytes[group->name()] += group->sent_bytes();
   }
-  return totals;
+  return all;
 }
 
-void ExchangeMetrics::begin() { before_ = totals(); }
+Exchanged operator-(Exchanged now, const Exchanged& before) {
+  now.wait_s -= before.wait_s;
+  now.pipeline_wait_s -= before.pipeline_wait_s;
+  for (const auto& [group, bytes] : before.sent_bytes) now.sent_bytes[group] -= bytes;
+  return now;
+}
 
-void ExchangeMetrics::end(nlohmann::json& line, double step_s) {
-  Totals now = totals();
-  for (auto& [group, bytes] : now.sent_bytes) bytes -= before_.sent_bytes[group];
-  const double wait_s = now.wait_s - before_.wait_s, pipeline_wait_s = now.pipeline_wait_s - before_.pipeline_wait_s;
-  line["wait_s"] = wait_s;
-  line["pipeline_wait_s"] = pipeline_wait_s;
-  line["sent_bytes"] = by_axis(now.sent_bytes, ranks_.mesh());
+ExchangeMetrics::ExchangeMetrics(const MeshGroups& ranks, at::Device device, const std::map<std::string, int64_t>& planned_bytes)
+    : ranks_(ranks), device_(device), planned_bytes_(by_axis(planned_bytes, ranks.mesh())) {}
+
+void ExchangeMetrics::end(nlohmann::json& line, double step_s, double input_s) {
+  const Exchanged step = exchanged(ranks_) - before_;
+  const double own_s = step_s - step.wait_s - step.pipeline_wait_s;
+  line["compute_s"] = own_s - input_s;
+  line["wait_s"] = step.wait_s;
+  line["pipeline_wait_s"] = step.pipeline_wait_s;
+  line["sent_bytes"] = by_axis(step.sent_bytes, ranks_.mesh());
+  line["planned_bytes"] = planned_bytes_;
 
   ranks_.whereabouts().place = "the times of the ranks";
   const auto options = at::TensorOptions(at::kDouble).device(device_);
   const at::Tensor all = at::empty({ranks_.all()->size()}, options);
-  ranks_.all()->all_gather(all, at::full({1}, step_s - wait_s - pipeline_wait_s, options));
+  ranks_.all()->all_gather(all, at::full({1}, own_s, options));
   const at::Tensor host = all.to(at::kCPU);
   const double *first = host.const_data_ptr<double>(), *last = first + host.numel(), *most = std::max_element(first, last);
   const double mean = std::accumulate(first, last, 0.0) / static_cast<double>(host.numel());

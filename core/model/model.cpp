@@ -3,9 +3,9 @@
 #include <ATen/TensorOperators.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/add.h>
+#include <ATen/ops/arange.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/full.h>
-#include <ATen/ops/isfinite.h>
 #include <ATen/ops/zeros_like.h>
 #include <fmt/format.h>
 #include <fmt/ranges.h>
@@ -64,9 +64,10 @@ struct Model::Layer {
   std::string next, previous;  // the units that forward and backward passes need after this one
 };
 
-// What the sums of auxiliary losses are multiplied with.
-struct Model::Scale {
-  double token = 0, document = 0;
+// One run of a stack over a micro-batch: of the main one, or of the head's.
+struct Model::Pass {
+  int64_t number = 0;              // 0: the main stack's
+  double token = 0, document = 0;  // what the sums of auxiliary losses are multiplied with
   at::Tensor valid_n;  // of the whole micro-batch
 };
 
@@ -99,7 +100,7 @@ struct RecomputeFunction : public torch::autograd::Function<RecomputeFunction> {
 
 }  // namespace
 
-Model::Model(const ModelPlan& plan, Store& store, std::vector<std::string> recompute) : plan_(&plan), store_(&store) {
+Model::Model(const ModelPlan& plan, Store& store, std::vector<std::string> recompute, int64_t seed) : plan_(&plan), store_(&store), seed_(seed) {
   auto recomputed = [&](const LayerPlan& layer) {
     return std::any_of(recompute.begin(), recompute.end(), [&](const std::string& name) { return name == "*" || name == layer.binding; });
   };
@@ -129,7 +130,9 @@ Model::~Model() = default;
 at::ScalarType Model::residual_dtype() const { return plan_->model.residual_in_fp32 ? at::kFloat : store_->compute_dtype(); }
 
 MicroBatchPtr Model::micro_batch(const Batch& batch, const Denominators& over, bool training) const {
-  return std::make_shared<MicroBatch>(MicroBatch{.batch = &batch, .tokens = TokenLayout(batch.spans, store_->ranks()), .over = over, .training = training});
+  const MicroBatchPtr micro = std::make_shared<MicroBatch>(MicroBatch{.batch = &batch, .tokens = TokenLayout(batch.spans, store_->ranks()), .over = over, .training = training});
+  if (training) micro->token_n = at::arange(batch.first_token, batch.first_token + batch.spans.num_tokens(), batch.ids_n.options());
+  return micro;
 }
 
 // Every tensor rank finds the ids of its part of the vocabulary; the sum is in the table's fp32, of one value and zeros.
@@ -158,7 +161,7 @@ at::Tensor Model::final_norm(const Weights& output, const at::Tensor& x_nd) cons
 }
 
 // One call of a layer's block on this rank's tokens: gathers and reductions at its edges as its info says.
-at::Tensor Model::run_block(const Layer& layer, const at::Tensor& x, MicroBatch& micro, const Scale& scale, Decisions* decisions, bool replaying) {
+at::Tensor Model::run_block(const Layer& layer, const at::Tensor& x, MicroBatch& micro, const Pass& pass, Decisions* decisions, bool replaying) {
   const MeshGroups* ranks = store_->ranks();
   const BlockInfo& info = layer.plan->type->info();
   const TokenLayout& tokens = micro.tokens;
@@ -184,9 +187,12 @@ at::Tensor Model::run_block(const Layer& layer, const at::Tensor& x, MicroBatch&
   if (!whole) ctx.set_cut(tokens.cut());
   ctx.set_sequence_tokens(whole ? tokens.whole().num_tokens() : tokens.pieces().num_tokens());
   ctx.set_training(micro.training);
-  if (scale.valid_n.defined())
-    ctx.set_valid(whole ? shards ? scale.valid_n.narrow(0, whole_shard.begin, whole_shard.end - whole_shard.begin) : scale.valid_n
-                        : shards ? tokens.shard_of(scale.valid_n) : tokens.pieces_of(scale.valid_n));
+  const auto own_rows = [&](const at::Tensor& whole_n) {
+    if (!whole_n.defined() || (whole && !shards)) return whole_n;
+    return whole ? whole_n.narrow(0, whole_shard.begin, whole_shard.end - whole_shard.begin) : shards ? tokens.shard_of(whole_n) : tokens.pieces_of(whole_n);
+  };
+  ctx.set_valid(own_rows(pass.valid_n));
+  if (micro.training) ctx.set_draws({.seed = seed_, .layer = fmt::format("{}{}", layer.weights, pass.number), .token_n = own_rows(micro.token_n)});
   ctx.set_decisions(decisions, replaying);
   if (micro.state) ctx.set_states(&micro.state->layer(layer.plan->index));
   at::Tensor y = layer.block->forward(in, weights, ctx);
@@ -196,7 +202,7 @@ at::Tensor Model::run_block(const Layer& layer, const at::Tensor& x, MicroBatch&
   // What several ranks computed alike counts on the first of them.
   const bool counts = !ranks || ((shards || ranks->place().tp == 0) && (!whole || ranks->place().cp == 0));
   for (const LossTerm& term : ctx.losses()) {
-    const double factor = counts ? term.per == Per::kToken ? scale.token : scale.document : 0;
+    const double factor = counts ? term.per == Per::kToken ? pass.token : pass.document : 0;
     if (at::GradMode::is_enabled()) y = AttachLoss::apply(y, term.sum, factor);
     if (replaying) continue;
     const at::Tensor value = term.sum.detach() * factor;
@@ -217,10 +223,10 @@ at::Tensor Model::run_block(const Layer& layer, const at::Tensor& x, MicroBatch&
   return ranks && at::GradMode::is_enabled() && !replaying ? store_->release(out, std::move(leases), where) : out;
 }
 
-at::Tensor Model::run_layer(const Layer& layer, const at::Tensor& x_nd, const MicroBatchPtr& micro, const Scale& scale) {
-  auto run = [this, &layer, micro, scale](const at::Tensor& x, Decisions* decisions, bool replaying) {
+at::Tensor Model::run_layer(const Layer& layer, const at::Tensor& x_nd, const MicroBatchPtr& micro, const Pass& pass) {
+  auto run = [this, &layer, micro, pass](const at::Tensor& x, Decisions* decisions, bool replaying) {
     enter(layer.plan->binding, replaying ? StepClock::kRecompute : StepClock::kForward);
-    const at::Tensor y = guarded(*layer.plan, replaying ? "recomputation" : "forward", [&] { return run_block(layer, x, *micro, scale, decisions, replaying); });
+    const at::Tensor y = guarded(*layer.plan, replaying ? "recomputation" : "forward", [&] { return run_block(layer, x, *micro, pass, decisions, replaying); });
     if (replaying) enter(layer.plan->binding, StepClock::kBackward);
     return y;
   };
@@ -234,11 +240,11 @@ at::Tensor Model::run_layer(const Layer& layer, const at::Tensor& x_nd, const Mi
 
 at::Tensor Model::run_stage(const MicroBatchPtr& micro, int64_t stage, at::Tensor x_nd, const Observer& observer) {
   const Denominators& over = micro->over;
-  Scale scale{.valid_n = micro->batch->valid_n};
-  if (!over.tokens.empty()) scale.token = share(over.tokens[0]), scale.document = share(over.documents[0]);
+  Pass pass{.valid_n = micro->batch->valid_n};
+  if (!over.tokens.empty()) pass.token = share(over.tokens[0]), pass.document = share(over.documents[0]);
   for (const auto& layer : layers_) {
     if (!layer || layer->plan->stage != stage) continue;
-    x_nd = run_layer(*layer, x_nd, micro, scale);
+    x_nd = run_layer(*layer, x_nd, micro, pass);
     if (observer) observer(layer->plan->index, micro->tokens.gather_whole(x_nd));
   }
   return x_nd;
@@ -258,12 +264,13 @@ void Model::run_head(const MicroBatchPtr& micro, at::Tensor hidden_nd, const std
     ctx.set_cut(micro->tokens.cut());
     ctx.set_sequence_tokens(micro->tokens.pieces().num_tokens());
     ctx.set_training(micro->training);
+    if (micro->training) ctx.set_draws({.seed = seed_, .layer = fmt::format("{}{}", plan_->head->sets[set].prefix, i + 1), .token_n = micro->tokens.shard_of(micro->token_n)});
     const at::Tensor embedded = embed_ids(*micro, shift_ids(batch.ids_n, batch.spans, passes[i].shift, 0)).to(store_->compute_dtype());
-    Scale scale{.valid_n = valid_after_shift(batch.valid_n, batch.spans, passes[i].shift, batch.ids_n.device())};
+    Pass pass{.number = static_cast<int64_t>(i) + 1, .valid_n = valid_after_shift(batch.valid_n, batch.spans, passes[i].shift, batch.ids_n.device())};
     if (const Denominators& over = micro->over; !over.tokens.empty())
-      scale.token = passes[i].aux_weight * share(over.tokens[i + 1]), scale.document = passes[i].aux_weight * share(over.documents[i + 1]);
+      pass.token = passes[i].aux_weight * share(over.tokens[i + 1]), pass.document = passes[i].aux_weight * share(over.documents[i + 1]);
     at::Tensor x_nd = mark(head_->before(hidden_nd, embedded, own, ctx).to(residual_dtype()), plan_->head->name);
-    for (const auto& layer : head_layers_[set]) x_nd = run_layer(*layer, x_nd, micro, scale);
+    for (const auto& layer : head_layers_[set]) x_nd = run_layer(*layer, x_nd, micro, pass);
     enter(plan_->head->name);
     hidden_nd = mark(head_->after(x_nd, own, ctx).to(store_->compute_dtype()), plan_->head->name);
     enter("lm_head");
@@ -374,32 +381,6 @@ void Model::after_step(const LayerCounts& counts) {
   };
   update(layers_);
   for (const auto& set : head_layers_) update(set);
-}
-
-std::string Model::first_nonfinite(const Batch& batch) {
-  at::NoGradGuard no_grad;
-  std::string place;
-  auto look = [&](const std::string& where, const at::Tensor& x) {
-    if (place.empty() && !at::isfinite(x).all().item<bool>()) place = where;
-  };
-  const at::Tensor hidden_nd = hidden(batch, nullptr, [&](int64_t layer, const at::Tensor& x_nd) {
-    look(layer < 0 ? "embedding" : fmt::format("layers.{} ({})", layer, plan_->layers[static_cast<size_t>(layer)].binding), x_nd);
-  });
-  look("final_norm", hidden_nd);
-  if (place.empty() && plan_->head) {
-    const MicroBatchPtr micro = micro_batch(batch, {}, false);
-    run_head(micro, micro->tokens.shard_of(hidden_nd), [&](size_t i, const at::Tensor& h) { look("heads." + plan_->head->passes[i].name, micro->tokens.gather_whole(h)); });
-  }
-  return place;
-}
-
-std::vector<double> Model::residual_norms(const Batch& batch) {
-  at::NoGradGuard no_grad;
-  std::vector<at::Tensor> squares;
-  hidden(batch, nullptr, [&](int64_t, const at::Tensor& x_nd) { squares.push_back(x_nd.to(at::kFloat).square().mean().to(at::kDouble)); });
-  std::vector<double> norms;
-  for (const at::Tensor& square : squares) norms.push_back(std::sqrt(square.item<double>()));
-  return norms;
 }
 
 }  // namespace tessera

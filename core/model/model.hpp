@@ -38,6 +38,7 @@ struct MicroBatch {
   Denominators over;               // over the global batch
   bool training = false;
   const DecodeState* state = nullptr;
+  at::Tensor token_n = {};         // int64 [N], in training: the tokens' numbers in training's order
   std::map<std::string, at::Tensor> aux = {};  // values of auxiliary losses, shares of the total
 };
 using MicroBatchPtr = std::shared_ptr<MicroBatch>;
@@ -47,8 +48,8 @@ using Observer = std::function<void(int64_t layer, const at::Tensor& x_nd)>;
 
 class Model {
  public:
-  // `recompute` holds the bindings whose layers are recomputed in the backward pass; {"*"} means all.
-  Model(const ModelPlan& plan, Store& store, std::vector<std::string> recompute = {});
+  // `recompute` holds the bindings whose layers are recomputed in the backward pass; {"*"} means all. `seed` is that of what blocks draw in training.
+  Model(const ModelPlan& plan, Store& store, std::vector<std::string> recompute = {}, int64_t seed = 0);
   ~Model();
 
   // The parts of `loss`, for pipelines. Between them goes the residual stream of this rank's tokens [n, D], in residual_dtype.
@@ -82,11 +83,6 @@ class Model {
   // Runs every block's after_step with counts over the global batch.
   void after_step(const LayerCounts& counts);
 
-  // Label of the first place where a forward pass over `batch` gives a value that is not finite; "" when all are finite.
-  std::string first_nonfinite(const Batch& batch);
-  // RMS of the residual stream after the embedding and after each layer.
-  std::vector<double> residual_norms(const Batch& batch);
-
   // Training steps tell `clock` what they do; null: nobody. Parts: binding names, "embedding", "lm_head" (with the final norm and the loss),
   // the head's type.
   void set_clock(StepClock* clock) { clock_ = clock; }
@@ -97,7 +93,7 @@ class Model {
 
  private:
   struct Layer;
-  struct Scale;
+  struct Pass;
   const Group* tensor_group() const { return store_->ranks() ? store_->ranks()->tensor() : nullptr; }
   void enter(const std::string& part, StepClock::Phase phase = StepClock::kForward) {
     if (clock_) clock_->enter(part, phase);
@@ -106,12 +102,13 @@ class Model {
   at::Tensor embed_ids(const MicroBatch& micro, const at::Tensor& ids_n);
   at::Tensor lm_head(const Weights& output);
   at::Tensor final_norm(const Weights& output, const at::Tensor& x_nd) const;
-  at::Tensor run_layer(const Layer& layer, const at::Tensor& x_nd, const MicroBatchPtr& micro, const Scale& scale);
-  at::Tensor run_block(const Layer& layer, const at::Tensor& x_nd, MicroBatch& micro, const Scale& scale, Decisions* decisions, bool replaying);
+  at::Tensor run_layer(const Layer& layer, const at::Tensor& x_nd, const MicroBatchPtr& micro, const Pass& pass);
+  at::Tensor run_block(const Layer& layer, const at::Tensor& x_nd, MicroBatch& micro, const Pass& pass, Decisions* decisions, bool replaying);
   void run_head(const MicroBatchPtr& micro, at::Tensor hidden_nd, const std::function<void(size_t, const at::Tensor&)>& use);
 
   const ModelPlan* plan_;
   Store* store_;
+  int64_t seed_;
   StepClock* clock_ = nullptr;
   std::vector<std::unique_ptr<Layer>> layers_;
   std::vector<std::vector<std::unique_ptr<Layer>>> head_layers_;  // by weight set

@@ -34,7 +34,7 @@ constexpr int kBeatsToAsk = 6;
 constexpr milliseconds kMoment{2000};     // for the work to fail by itself
 constexpr milliseconds kGoodbye{5000};    // for the others to have read why
 constexpr int kSecondsToEnd = 15;         // for a rank that has failed to unwind
-constexpr int kSecondsWithoutStore = 20;  // before a store that neither answers nor refuses is gone
+constexpr int kSecondsWithoutStore = 60;  // before a store that neither answers nor refuses is gone
 
 std::vector<uint8_t> bytes_of(const json& value) {
   const std::string text = value.dump(-1, ' ', false, json::error_handler_t::replace);

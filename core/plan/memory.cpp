@@ -127,13 +127,13 @@ MemoryPlan plan_memory(const ModelPlan& plan, const Config& config, const Mesh& 
   return *std::max_element(stages.begin(), stages.end(), [](const MemoryPlan& a, const MemoryPlan& b) { return a.total() < b.total(); });
 }
 
-void require_memory(const ModelPlan& plan, const TrainingConfig* training) {
+void require_memory(const ModelPlan& plan, const TrainingConfig* training, bool save_copy) {
   constexpr double kGiB = 1 << 30;
   const double machine = static_cast<double>(::sysconf(_SC_PHYS_PAGES)) * static_cast<double>(::sysconf(_SC_PAGESIZE));
   double elements = 0, batch = 0;
   for (const TensorRow& row : tensor_rows(plan)) elements += static_cast<double>(num_elements(row.shape()));
-  const double each = training ? 16 : 4;
-  std::string text = fmt::format("{:.0f} elements of {} bytes{} take {:.1f} GiB", elements, each, training ? ", gradient and optimizer included," : "", each * elements / kGiB);
+  const double each = training ? save_copy ? 28 : 16 : 4;
+  std::string text = fmt::format("{:.0f} elements of {} bytes{} take {:.1f} GiB", elements, each, training ? save_copy ? ", gradient, optimizer and the copy for a save included," : ", gradient and optimizer included," : "", each * elements / kGiB);
   if (training) {
     const double micro = static_cast<double>(training->local_batch_size), rows = std::max(micro, static_cast<double>(training->global_batch_size));
     const double element = training->dtype == "float32" ? 4 : 2, seq_len = static_cast<double>(training->seq_len);

@@ -27,7 +27,8 @@ bool recomputed(const Config& config, const std::string& binding);
 int64_t num_micro_batches(const Config& config, const Mesh& mesh);
 
 // To be asked before anything is allocated. Throws Error(kRuntime) with the numbers where this machine's memory is less than what the tensors in
-// fp32 take and, with `training`, gradients, moments, the tokens of a step and each layer's input: what no recomputation spares.
-void require_memory(const ModelPlan& plan, const TrainingConfig* training = nullptr);
+// fp32 take and, with `training`, gradients, moments, the tokens of a step and each layer's input: what no recomputation spares. `save_copy`: and the
+// copy of parameters and moments that a save in the background takes.
+void require_memory(const ModelPlan& plan, const TrainingConfig* training = nullptr, bool save_copy = false);
 
 }  // namespace tessera

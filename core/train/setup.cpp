@@ -2,6 +2,7 @@
 
 #include <ATen/Context.h>
 #include <ATen/Parallel.h>
+#include <ATen/ops/full.h>
 #include <fmt/format.h>
 #include <malloc.h>
 
@@ -36,6 +37,15 @@ at::ScalarType choose_dtype(const std::string& dtype, at::Device device) {
   if (dtype == "float32") return at::kFloat;
   if (dtype == "bfloat16") return at::kBFloat16;
   return device.is_cuda() || supports_fast_bf16() ? at::kBFloat16 : at::kFloat;
+}
+
+at::ScalarType choose_dtype(const std::string& dtype, at::Device device, const MeshGroups* ranks) {
+  const at::ScalarType own = choose_dtype(dtype, device);
+  if (!ranks || !ranks->all() || dtype != "auto") return own;
+  ranks->whereabouts().place = "the choice of a dtype";
+  const at::Tensor bf16 = at::full({1}, own == at::kBFloat16 ? 1 : 0, at::TensorOptions(at::kInt).device(device));
+  ranks->all()->all_reduce(bf16, Reduce::kMax);
+  return bf16.item<int>() ? at::kBFloat16 : at::kFloat;
 }
 
 void apply_runtime(const TrainingConfig& training, int64_t local_size) {

@@ -16,6 +16,8 @@ at::Device choose_device(const std::string& device, int64_t local_rank = 0);
 at::Device choose_device(const std::string& device, const MeshGroups* ranks);
 // auto takes bfloat16 where a small product is faster in it than in fp32, which is measured, never assumed.
 at::ScalarType choose_dtype(const std::string& dtype, at::Device device);
+// The same on all ranks: bfloat16 where it is faster on any of them.
+at::ScalarType choose_dtype(const std::string& dtype, at::Device device, const MeshGroups* ranks);
 // Threads and deterministic algorithms of this process, one of `local_size` on this machine.
 void apply_runtime(const TrainingConfig& training, int64_t local_size = 1);
 // The bindings that Model recomputes: none, the named ones, or {"*"} for all.

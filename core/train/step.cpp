@@ -2,7 +2,6 @@
 
 #include <ATen/TensorOperators.h>
 #include <ATen/core/grad_mode.h>
-#include <ATen/ops/isfinite.h>
 #include <ATen/ops/stack.h>
 #include <ATen/ops/tensor.h>
 #include <fmt/format.h>
@@ -124,12 +123,14 @@ void sum_over_ranks(const MeshGroups& ranks, at::Device device, StepResult& resu
 
 }  // namespace
 
-std::vector<Batch> micro_batches(std::span<const Row> rows, int64_t local_batch_size, at::Device device) {
+std::vector<Batch> micro_batches(std::span<const Row> rows, int64_t local_batch_size, at::Device device, int64_t first_token) {
   std::vector<Batch> out;
   const auto local = static_cast<size_t>(local_batch_size);
   for (size_t first = 0; first < rows.size(); first += local) {
     out.push_back(assemble(rows.subspan(first, std::min(local, rows.size() - first))));
     out.back().ids_n = out.back().ids_n.to(device);
+    out.back().first_token = first_token;
+    first_token += out.back().ids_n.numel();
   }
   return out;
 }
@@ -167,33 +168,6 @@ StepResult train_step(Model& model, Optimizer& optimizer, const std::vector<Batc
   optimizer.step(lr, max_norm, norm);
   model.after_step(result.counts);
   return result;
-}
-
-std::string diagnose_nonfinite(Model& model, const std::vector<Batch>& micro_batches) {
-  const MeshGroups* ranks = model.store().ranks();
-  if (ranks) ranks->whereabouts().place = "the search for a value that is not finite";
-  for (const Batch& batch : micro_batches) {
-    if (model.plan().env.mesh.pp > 1) break;  // no rank sees the whole stack
-    if (std::string place = model.first_nonfinite(batch); !place.empty()) return place + ", forward";
-  }
-  // Backward runs from the last unit to the first, so the last one that is not finite is where it began. A rank has a share of each unit's gradient.
-  std::vector<double> broken;
-  for (FlatGroup& group : model.store().groups()) broken.push_back(group.trainable && group.grad.defined() && !at::isfinite(group.grad).all().item<bool>());
-  if (ranks && ranks->stage()) {
-    const at::Tensor any = at::tensor(broken, at::kDouble).to(model.store().device());
-    ranks->stage()->all_reduce(any, Reduce::kMax);
-    const at::Tensor host = any.to(at::kCPU);
-    broken.assign(host.const_data_ptr<double>(), host.const_data_ptr<double>() + host.numel());
-  }
-  std::string place;
-  size_t index = 0;
-  for (FlatGroup& group : model.store().groups()) {
-    if (broken[index++] == 0) continue;
-    const bool stem = group.unit == kEmbeddingUnit || group.unit == kOutputUnit;
-    std::string unit = stem ? group.slots.back().name : group.unit.substr(0, group.unit.size() - 1);
-    if (place.empty() || !stem) place = unit;
-  }
-  return place.empty() ? fmt::format("no single layer{}: every gradient is finite, but their norm overflows", model.plan().env.mesh.pp > 1 ? " of this stage" : "") : place + ", backward";
 }
 
 }  // namespace tessera

@@ -21,8 +21,8 @@ struct StepResult {
 };
 
 // The micro-batches of one data rank: each takes an equal stretch of a global batch's rows, local_batch_size at a time, so that what all ranks do together
-// depends on the rows alone. On several data ranks the number of rows divides by local_batch_size x data_ranks.
-std::vector<Batch> micro_batches(std::span<const Row> rows, int64_t local_batch_size, at::Device device);
+// depends on the rows alone. `first_token` is the number of the first row's first token in training's order. On several data ranks the number of rows divides by local_batch_size x data_ranks.
+std::vector<Batch> micro_batches(std::span<const Row> rows, int64_t local_batch_size, at::Device device, int64_t first_token);
 // The rows of that stretch: [begin, end).
 Range rows_of(int64_t num_rows, int64_t data_rank, int64_t data_ranks);
 // Which of the data ranks this one is.
@@ -34,8 +34,5 @@ int64_t data_rank(const MeshGroups* groups);
 StepResult train_step(Model& model, Optimizer& optimizer, const std::vector<Batch>& micro_batches, double lr, double max_norm);
 // The forward and backward half alone: fills the store's gradients.
 StepResult accumulate(Model& model, const std::vector<Batch>& micro_batches);
-
-// Where a value that is not finite came from: "layers.3 (mamba2), forward", or the gradient of the last unit of the stack that has one.
-std::string diagnose_nonfinite(Model& model, const std::vector<Batch>& micro_batches);
 
 }  // namespace tessera

@@ -28,8 +28,10 @@
 #include "parallel/reports.hpp"
 #include "parallel/watch.hpp"
 #include "plan/memory.hpp"
+#include "plan/traffic.hpp"
 #include "plugin/program.hpp"
 #include "tessera/build_key.hpp"
+#include "train/diagnosis.hpp"
 #include "train/evaluate.hpp"
 #include "train/profile.hpp"
 #include "train/setup.hpp"
@@ -84,12 +86,12 @@ class Run {
     dtype_ = choose_dtype(from_first(world_, "dtype", first() ? dtype_name(choose_dtype(config_.training.dtype, device_)) : ""), device_);
     config_.training.dtype = dtype_name(dtype_);
     plan_ = make_plan(config_, mesh_);
-    if (device_.is_cpu() && !ranks_) require_memory(plan_, &config_.training);
+    if (device_.is_cpu() && !ranks_) require_memory(plan_, &config_.training, config_.checkpoint.async_mode == "async");
     const StoreOptions sharing{.reshard_after_forward = config_.parallelism.reshard_after_forward, .reduce_in_fp32 = config_.parallelism.reduce_dtype == "float32"};
     store_ = std::make_unique<Store>(plan_, device_, dtype_, config_.training.freeze, ranks_, sharing);
     optimizer_ = std::make_unique<Optimizer>(*store_, config_.optimizer);
     loader_ = std::make_unique<Loader>(dataset_, config_.training.seq_len);
-    model_ = std::make_unique<Model>(plan_, *store_, recomputed_bindings(config_.activation_checkpoint));
+    model_ = std::make_unique<Model>(plan_, *store_, recomputed_bindings(config_.activation_checkpoint), config_.training.seed);
     saver_ = std::make_unique<Saver>(config_, registry_, *store_, optimizer_.get(), config_.checkpoint.async_mode == "async");
     if (resume_from_) restore();
     else begin();
@@ -176,7 +178,8 @@ class Run {
   std::vector<Batch> next_batches() {
     const Range mine = rows_of(global_rows(), data_rank(ranks_), mesh_.dp_replicate * mesh_.dp_shard);
     const std::vector<Row> rows = loader_->next_rows(global_rows(), mine.begin, mine.end);
-    return micro_batches(std::span(rows).subspan(static_cast<size_t>(mine.begin), static_cast<size_t>(mine.end - mine.begin)), config_.training.local_batch_size, device_);
+    return micro_batches(std::span(rows).subspan(static_cast<size_t>(mine.begin), static_cast<size_t>(mine.end - mine.begin)), config_.training.local_batch_size, device_,
+                         tokens_ + mine.begin * config_.training.seq_len);
   }
 
   int loop() {
@@ -188,11 +191,12 @@ class Run {
     const double began = seconds();
     const int64_t first_step = step_;
     std::optional<ExchangeMetrics> exchanges;
-    if (ranks_ && ranks_->all()) exchanges.emplace(*ranks_, device_);
+    if (ranks_ && ranks_->all()) exchanges.emplace(*ranks_, device_, plan_traffic(plan_, config_, mesh_, ranks_->place().rank).by_group());
     while (step_ < config_.training.steps) {
       const double start = seconds();
       if (exchanges) exchanges->begin();
       const std::vector<Batch> batches = next_batches();
+      const double input_s = seconds() - start;
       const double lr = learning_rate(config_.optimizer, config_.lr_scheduler, step_, config_.training.steps);
       StepResult result;
       {
@@ -206,10 +210,10 @@ class Run {
       const double elapsed = seconds() - start;
       json line{{"step", step_}, {"loss", result.loss}, {"total_loss", result.total_loss}, {"grad_norm", result.grad_norm}, {"lr", lr}, {"tokens", tokens_},
                 {"tokens_per_s", static_cast<double>(step_tokens) / elapsed}, {"flops_per_s", flops_per_token_ * static_cast<double>(step_tokens) / elapsed},
-                {"peak_bytes", peak_memory_bytes()}};
+                {"input_s", input_s}, {"peak_bytes", peak_memory_bytes()}};
       for (const auto& [name, part] : result.parts) line[name] = part;
       if (!result.finite) line["skipped"] = true;
-      if (exchanges) exchanges->end(line, elapsed);
+      if (exchanges) exchanges->end(line, elapsed, input_s);
       line.update(pause_), pause_.clear();
       const int64_t detail = config_.metrics.detail_interval;
       if (detail > 0 && step_ % detail == 0) add_details(line, result, batches);
@@ -280,8 +284,12 @@ class Run {
         details[key + ".imbalance"] = mean > 0 ? host.max().item<double>() / mean : 0.0;
         details[key] = std::vector<double>(host.const_data_ptr<double>(), host.const_data_ptr<double>() + host.numel());
       }
-    line.update(of_all_stages(details));
-    if (mesh_.pp == 1) line["residual_rms"] = model_->residual_norms(batches.front());
+    for (const auto& [layer, rms] : residual_norms(*model_, batches.front())) details["residual_rms"][fmt::format("{:06}", layer + 1)] = rms;
+    details = of_all_stages(details);
+    json rms = json::array();
+    for (const json& layer : details["residual_rms"]) rms.push_back(layer);
+    details["residual_rms"] = rms;
+    line.update(details);
   }
 
   // What each stage says of its own layers, together.
@@ -289,7 +297,7 @@ class Run {
     if (!ranks_ || !ranks_->pipe()) return own;
     ranks_->whereabouts().place = "the details of a step";
     json together = json::object();
-    for (const json& stage : gather_reports(*ranks_->pipe(), device_, json::to_cbor(own))) together.update(stage);
+    for (const json& stage : gather_reports(*ranks_->pipe(), device_, json::to_cbor(own))) together.update(stage, /*merge_objects=*/true);
     return together;
   }
 

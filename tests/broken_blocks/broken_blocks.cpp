@@ -1,5 +1,5 @@
 // One small token mixer with one fault at a time, for the conformance suite to find: y = out_proj(silu(gain * v + mix * v_before)), v = in_proj x,
-// v_before that of the token before in the document. `sound` and `masked`, which draws a mask as it should, have none.
+// v_before that of the token before in the document. `sound` and `masked`, which drops out as it should, have none.
 // Letters: N tokens, D hidden, I width, S spans.
 #include <ATen/ops/diag.h>
 #include <ATen/ops/index_select.h>
@@ -11,6 +11,7 @@
 #include <ATen/ops/where.h>
 
 #include "layers/linear.hpp"
+#include "layers/random.hpp"
 #include "tessera/plugin.hpp"
 
 namespace {
@@ -19,10 +20,10 @@ using namespace tessera;
 
 enum Fault {
   kSound, kMasked, kAcausal, kLeaks, kCountsSpans, kForgets, kNeverWrites, kKeepsSlot, kMixesSlots, kHidesState, kRemembers, kMatmul, kMixing, kDetached, kRounds,
-  kUnused, kUndeclared, kNoSource, kRandom, kCountsGradMode, kLocalShape, kSegments, kUncut, kBiasTwice, kDrawsAnew, kOneMember, kReadsOther, kEdge, kDtype
+  kUnused, kUndeclared, kNoSource, kRandom, kRandomOnce, kSameColumns, kCountsGradMode, kLocalShape, kSegments, kUncut, kBiasTwice, kDrawsAnew, kOneMember, kReadsOther, kEdge, kDtype
 };
 constexpr const char* kTypes[] = {"sound", "masked", "acausal", "leaks", "counts_spans", "forgets", "never_writes", "keeps_slot", "mixes_slots", "hides_state", "remembers",
-                                  "matmul", "mixing", "detached", "rounds", "unused", "undeclared", "no_source", "random", "counts_grad_mode", "local_shape", "segments",
+                                  "matmul", "mixing", "detached", "rounds", "unused", "undeclared", "no_source", "random", "random_once", "same_columns", "counts_grad_mode", "local_shape", "segments",
                                   "uncut", "bias_twice", "draws_anew", "one_member", "reads_other", "edge", "dtype"};
 
 struct Sizes {
@@ -114,7 +115,10 @@ class Mixer final : public Block {
     if (fault == kRounds && h_ni.scalar_type() == at::kFloat) h_ni = h_ni.to(at::kBFloat16).to(at::kFloat);
     const auto draw = [&] { return at::rand({h_ni.size(0), 1}, at::TensorOptions(at::kFloat)).gt(0.1).to(h_ni.scalar_type()); };
     if (fault == kRandom && ctx.training()) h_ni = h_ni.mul(draw());
-    if (fault == kMasked && ctx.training()) h_ni = h_ni.mul(ctx.once("mask", draw));
+    if (fault == kRandomOnce && ctx.training()) h_ni = h_ni.mul(ctx.once("mask", draw));
+    const Group* ranks = ctx.tensor_group();
+    if (fault == kMasked) h_ni = dropout(ctx, h_ni, 0.1, "mask", ranks ? ranks->rank() * h_ni.size(1) : 0);
+    if (fault == kSameColumns) h_ni = dropout(ctx, h_ni, 0.1, "mask");
     if (fault == kCountsGradMode) ctx.count("kept", at::ones({1}).mul(h_ni.requires_grad() ? 1 : 0));
     if (fault == kDtype) return at::mm(h_ni, w["out_proj.weight"].tensor().t());
     if (fault == kBiasTwice) return linear(ctx, h_ni, w["out_proj.weight"], w["bias"]);
@@ -131,5 +135,5 @@ class Mixer final : public Block {
 
 TESSERA_PLUGIN(Mixer<kSound>, Mixer<kMasked>, Mixer<kAcausal>, Mixer<kLeaks>, Mixer<kCountsSpans>, Mixer<kForgets>, Mixer<kNeverWrites>, Mixer<kKeepsSlot>, Mixer<kMixesSlots>,
                Mixer<kHidesState>, Mixer<kRemembers>, Mixer<kMatmul>, Mixer<kMixing>, Mixer<kDetached>, Mixer<kRounds>, Mixer<kUnused>, Mixer<kUndeclared>, Mixer<kNoSource>,
-               Mixer<kRandom>, Mixer<kCountsGradMode>, Mixer<kLocalShape>, Mixer<kSegments>, Mixer<kUncut>, Mixer<kBiasTwice>, Mixer<kDrawsAnew>, Mixer<kOneMember>,
+               Mixer<kRandom>, Mixer<kRandomOnce>, Mixer<kSameColumns>, Mixer<kCountsGradMode>, Mixer<kLocalShape>, Mixer<kSegments>, Mixer<kUncut>, Mixer<kBiasTwice>, Mixer<kDrawsAnew>, Mixer<kOneMember>,
                Mixer<kReadsOther>, Mixer<kEdge>, Mixer<kDtype>)

@@ -3,6 +3,7 @@
 
 #include <cmath>
 #include <fstream>
+#include <set>
 
 #include "checkpoint/checkpoint.hpp"
 #include "tests/support/failing.hpp"
@@ -71,6 +72,38 @@ TEST_F(DistributedTrain, EveryLayoutTrainsTheSameCurve) {
     ASSERT_EQ(eval.code, 0) << eval.err;
     EXPECT_NEAR(nlohmann::json::parse(eval.out)["loss"].get<double>(), nlohmann::json::parse(whole.out)["loss"].get<double>(), 1e-3);
   }
+}
+
+// Every document of the tiny text is shorter than a row, so halos and gathered keys are at most those planned; the rest is exact but for a step's own sums.
+TEST_F(DistributedTrain, AStepTellsWhereItsTimeAndBytesWent) {
+  ASSERT_EQ(go({2, {"pipeline_parallel_degree=2"}}, "run", {"training.steps=2", "metrics.detail_interval=1"}).code, 0);
+  for (const nlohmann::json& line : metrics("run")) {
+    EXPECT_EQ(line["sent_bytes"]["pp"], line["planned_bytes"]["pp"]);
+    for (const char* key : {"compute_s", "wait_s", "pipeline_wait_s", "input_s"}) EXPECT_GT(line[key].get<double>(), 0) << key;
+    EXPECT_EQ(line["residual_rms"].size(), 4u) << "the embedding and three layers, whichever rank has them";
+  }
+}
+
+TEST_F(DistributedTrain, BenchMeasuresALayout) {
+  for (const auto& [mesh, axis] : std::vector<std::pair<std::string, std::string>>{{"dp_shard=2", "dp_shard"}, {"tp=2", "tp"}, {"pp=2", "pp"}, {"cp=2", "cp"}}) {
+    const Finished end = tessera({"launch", "-n", "2", "bench", "tiny.toml", "--json", "--mesh", mesh, "--steps", "2", "--decode-tokens", "3", "--set", "training.num_threads=1"});
+    ASSERT_EQ(end.code, 0) << mesh << "\n" << end.err;
+    const nlohmann::json bench = nlohmann::json::parse(end.out);
+    EXPECT_GT(bench["train"]["tokens_per_s"].get<double>(), 0);
+    EXPECT_EQ(bench["decode"]["tokens_per_s"].get<double>() > 0, mesh != "cp=2");
+    ASSERT_EQ(bench["ranks"].size(), 2u) << mesh;
+    for (const nlohmann::json& rank : bench["ranks"]) {
+      EXPECT_GT(rank["compute_s"].get<double>(), 0);
+      EXPECT_GT(rank["sent_bytes"][axis].get<int64_t>(), 0) << mesh << rank.dump();
+      EXPECT_EQ(rank["sent_bytes"], rank["planned_bytes"]) << mesh << ": every row is one document";
+    }
+    std::set<std::string> parts;
+    for (const nlohmann::json& part : bench["parts"]) parts.insert(part["part"].get<std::string>());
+    EXPECT_EQ(parts, (std::set<std::string>{"mamba2", "gqa", "moe", "mlp", "mtp", "embedding", "lm_head", "optimizer"})) << mesh;
+  }
+  const Finished missing = tessera({"launch", "-n", "2", "bench", "tiny.toml"});
+  EXPECT_EQ(missing.code, 2);
+  EXPECT_NE(missing.err.find("--mesh: is missing: it says how the 2 ranks divide the work"), std::string::npos) << missing.err;
 }
 
 TEST_F(DistributedTrain, ARunGoesOnOnAnotherLayout) {

@@ -20,6 +20,9 @@ namespace fs = std::filesystem;
 using nlohmann::json;
 
 constexpr int64_t kSteps = 10;
+// Under some seeds two experts tie for a token within these steps, closer than rounding, and layouts choose differently: of seeds 0 to 3, the
+// first two hold such a tie, the others none. After a tie nothing is left to compare closely.
+constexpr int64_t kSeed = 2;
 
 struct Recipe {
   std::string model, layout;
@@ -65,7 +68,7 @@ class Runs : public testing::Environment {
     std::vector<std::string> words = m.size() > 1 ? std::vector<std::string>{"launch", "-n", std::to_string(m.size())} : std::vector<std::string>{};
     words.insert(words.end(), {"train", config_of(recipe), "--quiet"});
     std::vector<std::string> sets{fmt::format("training.steps={}", kSteps), fmt::format("run.folder={}", run), "training.num_threads=1", "training.device=cpu", "metrics.detail_interval=1",
-                                  "metrics.tensorboard=false",
+                                  "metrics.tensorboard=false", fmt::format("training.seed={}", kSeed),
                                   fmt::format("checkpoint.interval={}", kSteps / 2), fmt::format("training.local_batch_size={}", recipe.local)};
     for (const auto& [key, degree] : {std::pair{"pipeline", m.pp}, {"data_parallel_shard", m.dp_shard}, {"context", m.cp}, {"tensor", m.tp}, {"expert", m.ep}})
       sets.push_back(fmt::format("parallelism.{}{}_degree={}", key, std::string(key).ends_with("shard") ? "" : "_parallel", degree));
@@ -99,10 +102,10 @@ class Runs : public testing::Environment {
         "Made by `TESSERA_RECIPE_TABLE=docs/recipes.md ./tessera test Recipes --all`: `tessera launch` trains `configs/models/nano_4b_small.toml` and `nano_30b_small.toml`, reduced copies of Nemotron 3 Nano, for\n"
         "{} steps of AdamW in fp32 on layouts that models of their kind are trained on, and one process trains them on the same batches. Largest differences, relative to the largest value: of the loss and of the\n"
         "gradient norm in any step, of any weight and of any optimizer moment after the last. Data parallel ranks share parameters and state; tensor parallel ones cut the tokens between layers too, so a recipe\n"
-        "with sequence parallelism is the same layout as the one without: TP2 PP2 EP2 stands for both.\n\n"
-        "What rounding alone makes of {} steps is in the rows of one process that adds the same rows in another order. Where two experts nearly tie for a token, rounding may choose: how many choices of a step are\n"
+        "with sequence parallelism is the same layout as the one without: TP2 PP2 EP2 stands for both. `training.seed = {}`: under some seeds, such as 0 and 1, two experts tie for a token closer than rounding.\n\n"
+        "What rounding alone makes of {} steps is in the rows of one process that adds the same rows in another order. Where experts tie, rounding chooses: how many choices of a step are\n"
         "other ones is told, and the first step with any. Up to there such a run agrees as the others do; from there on it has another token in an expert's gradient.\n\n"
-        "| model | layout | mesh | processes | steps | loss | gradient norm | weights | moments | choices that differ |\n|---|---|---|---|---|---|---|---|---|---|\n", kSteps, kSteps);
+        "| model | layout | mesh | processes | steps | loss | gradient norm | weights | moments | choices that differ |\n|---|---|---|---|---|---|---|---|---|---|\n", kSteps, kSeed, kSteps);
     for (const Measured& m : measured)
       out << fmt::format("| {} | {} | {} | {} | {} | {:.1e} | {:.1e} | {:.1e} | {:.1e} | {} |\n", m.recipe.model, m.recipe.layout, mesh_text(m.recipe.mesh), m.recipe.mesh.size(), kSteps, m.loss, m.norm,
                          m.weights, m.moments, m.recipe.model == "nano_4b" ? "" : m.moved ? fmt::format("{} in step {}", m.moved, m.first_moved) : "none");

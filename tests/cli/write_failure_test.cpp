@@ -194,6 +194,50 @@ TEST_F(WriteFailure, ASaveInTheBackgroundEndsARunTheSame) {
   EXPECT_EQ(newest("run"), "run/checkpoints/step-5");
 }
 
+// Two processes write a checkpoint together, and the disk is full from some call of either on: each twentieth call, all of them with --all.
+TEST_F(WriteFailure, ProcessesTogetherEndAndGoOnWhenTheyCanWriteAgain) {
+  auto sets = kSmall;
+  sets.insert(sets.end(), {"metrics.tensorboard=false", "training.num_threads=1"});
+  const auto launch = [&](const std::string& run, const std::vector<std::string>& more, bool resume, const std::function<void()>& prepare = {}) {
+    std::vector<std::string> words{"launch", "-n", "2", "train", "tiny.toml", "--quiet"}, all = sets;
+    if (resume) words.emplace_back("--resume");
+    all.insert(all.end(), more.begin(), more.end());
+    all.push_back("run.folder=" + run);
+    return tessera(with_sets(words, all), {}, prepare);
+  };
+  ASSERT_EQ(launch("base2", {"training.steps=2"}, false).code, 0);
+  ASSERT_EQ(launch("whole2", {}, false).code, 0);
+  const int64_t stride = std::getenv("TESSERA_TEST_ALL") ? 1 : 20;
+  int64_t at = 1;
+  for (;; at += stride) {
+    SCOPED_TRACE(at);
+    fs::remove_all(folder_ / "run"), fs::remove(folder_ / "log");
+    fs::copy(folder_ / "base2", folder_ / "run", fs::copy_options::recursive);
+    const Finished end = launch("run", {}, true, failing({.below = (folder_ / "run").string(), .at = at, .error = ENOSPC, .stays = true, .log = (folder_ / "log").string()}));
+    const std::vector<Call> all = calls(folder_ / "log");
+    if (std::none_of(all.begin(), all.end(), [](const Call& call) { return call.failed; })) {
+      EXPECT_EQ(end.code, 0) << end.err;
+      break;
+    }
+    EXPECT_EQ(end.code, 4) << end.err;
+    EXPECT_NE(end.err.find("No space left on device\nhelp: free some space on that disk"), std::string::npos) << end.err;
+    for (const std::string& entry : entries(folder_ / "run/checkpoints"))
+      if (!entry.starts_with(".saving-")) EXPECT_NO_THROW(open_checkpoint(folder_ / "run/checkpoints" / entry)) << entry;
+    EXPECT_FALSE(newest("run").empty());
+    const Finished on = launch("run", {}, true);
+    ASSERT_EQ(on.code, 0) << on.err;
+    EXPECT_EQ(entries(folder_ / "run/checkpoints"), entries(folder_ / "whole2/checkpoints"));
+    const auto got = metrics("run"), want = metrics("whole2");
+    ASSERT_EQ(got.size(), want.size());
+    for (size_t i = 0; i < want.size(); ++i)
+      for (const char* key : {"step", "loss", "grad_norm"}) EXPECT_EQ(got[i][key], want[i][key]) << key << " of step " << i + 1;
+    for (const char* name : {"model.safetensors", "optimizer.safetensors"})
+      EXPECT_TRUE(file_text(folder_ / "run/checkpoints/step-3" / name) == file_text(folder_ / "whole2/checkpoints/step-3" / name)) << name;
+    if (HasFailure()) return;
+  }
+  EXPECT_GT(at, 30);
+}
+
 // Each ninth call; all of them with --all.
 TEST_F(WriteFailure, ANewPluginIsWholeOrAbsent) {
   const fs::path below = folder_ / "blocks", log = folder_ / "log";

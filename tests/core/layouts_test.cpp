@@ -35,6 +35,8 @@ head_dim = 4
 [blocks.mlp]
 intermediate_size = 48
 bias = true
+[blocks.masked]
+width = 16
 [blocks.moe]
 num_experts = 8
 top_k = 2
@@ -50,9 +52,17 @@ top_k = 3
 intermediate_size = 16
 shared_intermediate_size = 8
 aux_loss_coeff = 1e-2
+[symbols]
+D = "masked"
 [training]
 seq_len = 24
 )";
+
+// The tree's blocks, and with the letter D one that drops out and takes whole documents only.
+const Registry& blocks() {
+  static const Registry loaded = Registry::load(Registry::search_paths({TESSERA_BINARY_DIR "/broken_blocks"}));
+  return loaded;
+}
 
 struct Layout {
   std::string pattern = "M*EOL/*O";
@@ -99,7 +109,7 @@ constexpr int64_t kSteps = 5;
 Recorded record(const Layout& layout, const MeshGroups* groups) {
   const Mesh mesh = groups ? groups->mesh() : Mesh{};
   const std::string toml = fmt::format("[model]\nhybrid_override_pattern = \"{}\"{}", layout.pattern, kSizes);
-  const Config config = parse_config(toml, "test.toml", layout.sets, plugins());
+  const Config config = parse_config(toml, "test.toml", layout.sets, blocks());
   Issues issues;
   check_config(config, mesh, issues);
   issues.raise();
@@ -112,7 +122,7 @@ Recorded record(const Layout& layout, const MeshGroups* groups) {
   for (int64_t step = 0; step <= kSteps; ++step) {
     const std::vector<Row> all = rows(step);
     const Range mine = rows_of(8, data_rank(groups), mesh.dp_replicate * mesh.dp_shard);
-    const std::vector<Batch> batches = micro_batches(std::span(all).subspan(mine.begin, mine.end - mine.begin), layout.local, at::kCPU);
+    const std::vector<Batch> batches = micro_batches(std::span(all).subspan(mine.begin, mine.end - mine.begin), layout.local, at::kCPU, (8 * step + mine.begin) * 24);
     if (step == 0) {
       recorded.steps.push_back(accumulate(model, batches));
       for (const TensorRow& row : tensor_rows(plan))
@@ -224,7 +234,8 @@ const auto kName = [](const auto& info) { return name_of(info.param); };
 
 INSTANTIATE_TEST_SUITE_P(Few, Layouts, testing::Values(Layout{.mesh = {.dp_shard = 2}}, Layout{.mesh = {.dp_replicate = 2}}, Layout{.mesh = {.tp = 2}}, Layout{.mesh = {.cp = 2}},
                                                        Layout{.mesh = {.pp = 2}}, Layout{.mesh = {.dp_shard = 2, .ep = 2}}, Layout{.mesh = {.tp = 4}},
-                                                       Layout{.pattern = "M|*E|O|L/*O", .mesh = {.pp = 2}}, Layout{.mesh = {.dp_shard = 2}, .recompute = {"*"}},
+                                                       Layout{.pattern = "M|*E|O|L/*O", .mesh = {.pp = 2}}, Layout{.pattern = "MDE/D", .mesh = {.dp_shard = 2, .cp = 2, .tp = 2}},
+                                                       Layout{.mesh = {.dp_shard = 2}, .recompute = {"*"}},
                                                        Layout{.mesh = {.dp_shard = 2}, .local = 4, .options = {.reshard_after_forward = false}},
                                                        Layout{.mesh = {.pp = 2, .dp_shard = 2, .cp = 2, .tp = 2, .ep = 2, .etp = 2}}),
                          kName);
@@ -255,6 +266,9 @@ std::vector<Layout> every() {
     list.push_back({.mesh = mesh, .local = 2, .sets = {"model.residual_in_fp32=true"}, .recompute = {"moe", "mamba2"}});
   }
   list.push_back({.mesh = {.dp_shard = 2, .tp = 2}, .options = {.reshard_after_forward = false}});
+  // Dropout, in a block that takes whole documents.
+  for (const Mesh& mesh : {Mesh{.dp_shard = 2}, Mesh{.tp = 4}, Mesh{.cp = 2}, Mesh{.pp = 2, .cp = 2}, Mesh{.dp_shard = 2, .ep = 2}}) list.push_back({.pattern = "DMDL/*D", .mesh = mesh});
+  list.push_back({.pattern = "DMDL/*D", .mesh = {.tp = 2}, .local = 4, .recompute = {"*"}});
   // Experts that starve: two of eight get nothing, whatever the tokens are.
   for (const Mesh& mesh : {Mesh{.dp_shard = 2, .ep = 2}, Mesh{.dp_shard = 4, .ep = 4}, Mesh{.cp = 2, .tp = 2, .ep = 4}})
     list.push_back({.mesh = mesh, .sets = {"blocks.moe.num_groups=4", "blocks.moe.topk_group=1", "blocks.moe.bias_update_rate=0"}});

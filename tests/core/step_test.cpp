@@ -14,6 +14,7 @@
 #include "tests/support/compare.hpp"
 #include "tests/support/model.hpp"
 #include "tests/support/tolerance.hpp"
+#include "train/diagnosis.hpp"
 
 namespace tessera {
 namespace {

@@ -39,6 +39,8 @@ sliding_window = 5
 [blocks.mlp]
 intermediate_size = 48
 bias = true
+[blocks.masked]
+width = 16
 [blocks.moe]
 num_experts = 8
 top_k = 8
@@ -54,11 +56,19 @@ top_k = 8
 intermediate_size = 16
 shared_intermediate_size = 8
 aux_loss_coeff = 1e-2
+[symbols]
+D = "masked"
 [training]
 seq_len = 24
 global_batch_size = 8
 dtype = "float32"
 )";
+
+// The tree's blocks, and with the letter D one that takes whole documents only.
+const Registry& blocks() {
+  static const Registry loaded = Registry::load(Registry::search_paths({TESSERA_BINARY_DIR "/broken_blocks"}));
+  return loaded;
+}
 
 struct Case {
   Mesh mesh;
@@ -73,7 +83,7 @@ std::string name_of(const Case& c) {
 }
 
 Config config_of(const Case& c) {
-  const Config config = parse_config(fmt::format("[model]\nhybrid_override_pattern = \"{}\"{}", c.pattern, kSizes), "test.toml", c.sets, plugins());
+  const Config config = parse_config(fmt::format("[model]\nhybrid_override_pattern = \"{}\"{}", c.pattern, kSizes), "test.toml", c.sets, blocks());
   Issues issues;
   check_config(config, c.mesh, issues);
   issues.raise();
@@ -111,7 +121,7 @@ void check(const Case& c) {
     Optimizer optimizer(store, config.optimizer);
     const std::vector<Row> all = whole_rows();
     const Range mine = rows_of(8, data_rank(&groups), mesh.dp_replicate * mesh.dp_shard);
-    const std::vector<Batch> batches = micro_batches(std::span(all).subspan(mine.begin, mine.end - mine.begin), config.training.local_batch_size, at::kCPU);
+    const std::vector<Batch> batches = micro_batches(std::span(all).subspan(mine.begin, mine.end - mine.begin), config.training.local_batch_size, at::kCPU, 0);
     const auto before = sent(groups);
     train_step(model, optimizer, batches, 1e-3, 1.0);
     auto got = sent(groups);
@@ -167,6 +177,7 @@ TEST(Traffic, FollowsTheSettings) {
   check({.mesh = {.pp = 2, .dp_shard = 2}, .sets = {"activation_checkpoint.mode=full"}, .pattern = "M|*E|O|L/*O"});  // two stages a rank
   check({.mesh = {.dp_shard = 2}, .sets = {"training.freeze=[\"embedding\", \"layers.2.\"]"}, .pattern = "M*EO"});
   check({.mesh = {.cp = 2}, .sets = {"symbols.W=windowed"}, .pattern = "WMW"});
+  for (const Mesh& mesh : {Mesh{.cp = 2}, Mesh{.cp = 2, .tp = 2}, Mesh{.pp = 2, .cp = 2}}) check({.mesh = mesh, .sets = {"activation_checkpoint.mode=full"}, .pattern = "DMD/D"});
 }
 
 TEST(Traffic, OfManyMicroBatchesGoesOnAsItBegan) {

@@ -49,6 +49,8 @@ TEST_F(BrokenBlocks, EachIsFoundByTheCheckThatNamesIt) {
       {"undeclared", "rows are complete"},
       {"no_source", "rows are complete"},
       {"random", "recomputation gives equal gradients"},
+      {"random_once", "ranks compute what one process computes"},
+      {"same_columns", "ranks compute what one process computes"},
       {"counts_grad_mode", "counts and losses enter once in recomputation"},
       {"local_shape", "shards cover every parameter"},
       {"segments", "shards cover every parameter"},

@@ -4,6 +4,7 @@
 
 #include <functional>
 #include <map>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -26,6 +27,13 @@ struct LossTerm {
 
 // Results of `Context::once`, kept from the first forward pass to its recomputation.
 using Decisions = std::map<std::string, at::Tensor, std::less<>>;
+
+// What a layer's random numbers depend on, see layers/random.hpp.
+struct Draws {
+  int64_t seed = 0;
+  std::string layer;   // and which pass of it
+  at::Tensor token_n;  // int64 [N]: the numbers of x_nd's tokens in training's order
+};
 
 // The context of one forward call of one layer. The core makes it; a block only reads it and reports through it.
 class Context {
@@ -59,10 +67,12 @@ class Context {
   const at::Tensor& state(std::string_view name) const;
 
   // The result of `decide` (no gradient flows through it), computed in the first forward pass and replayed in recomputation.
-  // For what must not differ between the two: router choices, masks drawn at random.
+  // For what rounding might make differ between the two, such as a router's choices.
   at::Tensor once(std::string_view name, const std::function<at::Tensor()>& decide);
   // True while this pass repeats an earlier one.
   bool replaying() const { return replaying_; }
+  // nullptr outside training. What a block draws, it draws by `uniform` and `dropout` of layers/random.hpp.
+  const Draws* draws() const { return draws_ ? &*draws_ : nullptr; }
 
   // Adds `sum` / (global count of tokens or documents) to the training loss. Ignored outside training. The gradient flows in
   // every pass, the reported value counts once. `sum` is that of the tokens of x_nd: where several ranks have the same ones (a block that takes
@@ -81,6 +91,7 @@ class Context {
   void set_valid(at::Tensor valid_n) { valid_n_ = std::move(valid_n); }
   void set_states(const std::map<std::string, at::Tensor, std::less<>>* states) { states_ = states; }
   void set_decisions(Decisions* decisions, bool replaying) { decisions_ = decisions, replaying_ = replaying; }
+  void set_draws(Draws draws) { draws_ = std::move(draws); }
   const std::vector<LossTerm>& losses() const { return losses_; }
   const std::map<std::string, at::Tensor, std::less<>>& counts() const { return counts_; }
 
@@ -94,6 +105,7 @@ class Context {
   at::Tensor valid_n_;
   const std::map<std::string, at::Tensor, std::less<>>* states_ = nullptr;
   Decisions* decisions_ = nullptr;
+  std::optional<Draws> draws_;
   std::vector<LossTerm> losses_;
   std::map<std::string, at::Tensor, std::less<>> counts_;
 };
