@@ -7,34 +7,12 @@
 
 #include <fmt/format.h>
 
-#include "config/toml_tree.hpp"
+#include "config/read_table.hpp"
 
 namespace tessera {
 
 namespace {
 using Kind = TomlNode::Kind;
-
-std::string join(const std::vector<std::string>& words) {
-  std::string out;
-  for (const std::string& word : words) out += (out.empty() ? "" : ", ") + word;
-  return out.empty() ? "none" : out;
-}
-
-std::string did_you_mean(const std::string& word, const std::vector<std::string>& known, const char* kind) {
-  const std::string near = nearest(word, known);
-  return (near.empty() ? "" : fmt::format("did you mean '{}'? ", near)) + fmt::format("{}: {}", kind, join(known));
-}
-
-// `value` as the field's own alternative: integers are taken where numbers are wanted, an empty list is a list of anything.
-Value widened(const Field& field, const Value& value) {
-  const Value& like = field.default_value;
-  if (const auto* v = std::get_if<int64_t>(&value); v && std::holds_alternative<double>(like)) return static_cast<double>(*v);
-  if (const auto* v = std::get_if<std::vector<int64_t>>(&value)) {
-    if (std::holds_alternative<std::vector<double>>(like)) return std::vector<double>(v->begin(), v->end());
-    if (std::holds_alternative<std::vector<std::string>>(like) && v->empty()) return std::vector<std::string>{};
-  }
-  return value;
-}
 
 class Loader {
  public:
@@ -109,34 +87,10 @@ class Loader {
     return node && node->kind == Kind::kTable ? node : nullptr;
   }
 
-  // Reads the keys of `node` into `values`; `also` are keys that are read elsewhere.
   void read_fields(const std::string& path, const TomlNode& node, const Fields& fields, void* values, const std::vector<std::string>& also = {}) {
-    for (const auto& [key, value] : node.entries) {
-      if (std::find(also.begin(), also.end(), key) != also.end()) continue;
-      const std::string name = path + "." + shorten(toml_key(key));
-      const Field* field = fields.find(key);
-      if (!field) {
-        auto known = fields.keys();
-        known.insert(known.end(), also.begin(), also.end());
-        add(name, "unknown key", did_you_mean(key, known, "keys"), value.key_place);
-        continue;
-      }
-      if (value.kind != Kind::kValue) {
-        add(name, fmt::format("must be {} {}, got {}", std::holds_alternative<int64_t>(field->default_value) ? "an" : "a", type_name(field->default_value), value.describe()), "",
-            value.place);
-        continue;
-      }
-      const Value wide = widened(*field, value.value);
-      const std::string rule = broken_rule(*field, wide);
-      if (rule.empty()) field->set(values, wide);
-      else add(name, rule, "", value.place);
-    }
+    tessera::read_fields(path, node, fields, values, issues_, also);
   }
-
-  void require(const std::string& path, const TomlNode* node, const Fields& fields, const std::string& place) {
-    for (const Field& field : fields.list)
-      if (field.required_ && !(node && node->find(field.key))) add(path + "." + field.key, "required key is missing", fmt::format("{} = {}: {}", field.key, domain(field), field.doc), place);
-  }
+  void require(const std::string& path, const TomlNode* node, const Fields& fields, const std::string& place) { tessera::require_fields(path, node, fields, place, issues_); }
 
   void read_core(const ConfigTable& core) {
     const TomlNode* node = table(core.name);
@@ -370,25 +324,10 @@ class Loader {
   std::vector<std::pair<char, SymbolEntry>> symbols_;
 };
 
-std::string read_text(const std::filesystem::path& file) {
-  if (file.empty()) throw Error(ExitCode::kUsage, "the name of the configuration file is empty");
-  std::error_code code;
-  const auto status = std::filesystem::status(file, code);
-  if (std::filesystem::is_directory(status)) throw Error(ExitCode::kUsage, file.string() + ": error: is a folder, not a configuration file");
-  if (std::filesystem::exists(status) && !std::filesystem::is_regular_file(status))
-    throw Error(ExitCode::kUsage, file.string() + ": error: is a device or pipe, not a configuration file");
-  std::ifstream in(file, std::ios::binary);
-  if (!in) throw Error(ExitCode::kUsage, file.string() + ": error: the configuration file cannot be opened");
-  constexpr size_t kEnough = (1 << 20) + 1;  // what parse_toml refuses
-  std::string text(kEnough, '\0');
-  in.read(text.data(), static_cast<std::streamsize>(text.size()));
-  text.resize(static_cast<size_t>(in.gcount()));
-  return text;
-}
 }  // namespace
 
 std::vector<std::string> plugin_paths(const std::filesystem::path& file, const std::vector<std::string>& sets) {
-  TomlNode root = parse_toml(read_text(file), file.string());
+  TomlNode root = parse_toml(read_config_text(file), file.string());
   Issues ignored;  // reported by load_config, which reads the file again with the blocks known
   for (const std::string& set : sets) apply_set(root, set, ignored);
   const TomlNode& paths = root.at("plugins.paths");
@@ -397,7 +336,7 @@ std::vector<std::string> plugin_paths(const std::filesystem::path& file, const s
 }
 
 Config load_config(const std::filesystem::path& file, const std::vector<std::string>& sets, const Registry& registry) {
-  return parse_config(read_text(file), file.string(), sets, registry);
+  return parse_config(read_config_text(file), file.string(), sets, registry);
 }
 
 Config parse_config(const std::string& toml, const std::string& name, const std::vector<std::string>& sets, const Registry& registry) {

@@ -114,6 +114,7 @@ class Reader {
     TomlNode node;
     node.kind = TomlNode::Kind::kValue;
     node.place = place(from.source());
+    if (depth > kMaxDepth) throw Error(ExitCode::kUsage, node.place + ": error: values are nested too deeply");
     if (const auto* v = from.as_boolean()) node.value = v->get();
     else if (const auto* v = from.as_integer()) node.value = v->get();
     else if (const auto* v = from.as_floating_point()) node.value = v->get();
@@ -134,6 +135,7 @@ class Reader {
       for (const auto& n : from) node.entries.push_back({std::to_string(node.entries.size()), table(*n.as_table(), depth + 1)});
       return;
     }
+    for (const auto& n : from) node.entries.push_back({std::to_string(node.entries.size()), read(n, depth + 1)});
     const bool integers = std::all_of(from.begin(), from.end(), [](const toml::node& n) { return n.is_integer(); });
     const bool numbers = std::all_of(from.begin(), from.end(), [](const toml::node& n) { return n.is_number(); });
     const bool strings = std::all_of(from.begin(), from.end(), [](const toml::node& n) { return n.is_string(); });

@@ -18,7 +18,7 @@ struct TomlNode {
   std::string text;        // of kOther: `the date 2026-01-01`
   std::string place;       // of the value or of the table's header: `file:line:col`, or `--set a.b=c`
   std::string key_place;   // of its key
-  std::vector<TomlEntry> entries;  // of a table, in the order of the keys; of an array of tables, under "0", "1", ...
+  std::vector<TomlEntry> entries;  // of a table, in the order of the keys; of an array, under "0", "1", ...
 
   const TomlNode* find(std::string_view key) const;
   // The node nearest to `path` ("data.mixture[1].path"): itself, or the table it would be in.

@@ -119,8 +119,9 @@ class Run {
     from = from_first(world_, "resumed checkpoint", from);
     if (!from.empty()) {
       resume_from_ = open_checkpoint(from, /*optimizer=*/true, /*check=*/first());
-      if (resume_from_->state.step >= config_.training.steps) {
-        say(fmt::format("{} is finished: {} of {} steps", folder_.string(), resume_from_->state.step, config_.training.steps));
+      if (resume_from_->state.step >= config_.training.steps || (options_.until > 0 && resume_from_->state.step >= options_.until)) {
+        say(fmt::format("{} is {}: {} of {} steps", folder_.string(), resume_from_->state.step >= config_.training.steps ? "finished" : "as far as it is to go", resume_from_->state.step,
+                        config_.training.steps));
         return true;
       }
     }
@@ -218,7 +219,7 @@ class Run {
       const int64_t detail = config_.metrics.detail_interval;
       if (detail > 0 && step_ % detail == 0) add_details(line, result, batches);
       const bool last = step_ == config_.training.steps;
-      if (!validation_.empty() && (step_ % config_.validation.interval == 0 || last)) line["val_loss"] = validation_loss(*model_, validation_, config_.training.local_batch_size);
+      if (!validation_.empty() && (step_ % config_.validation.interval == 0 || last || step_ == options_.until)) line["val_loss"] = validation_loss(*model_, validation_, config_.training.local_batch_size);
       write(step_, [&] {
         if (metrics_) metrics_->write(line);
         if (!events) return;
@@ -229,14 +230,16 @@ class Run {
         progress(line, live, (seconds() - began) / static_cast<double>(step_ - first_step));
       const int64_t interval = config_.checkpoint.interval;
       int signal = received_by_any();
-      if (!last && !signal && (interval == 0 || step_ % interval != 0)) continue;
+      const bool until = step_ == options_.until;
+      if (!last && !signal && !until && (interval == 0 || step_ % interval != 0)) continue;
       save();
       signal = received_by_any();  // during the save too
-      if (last || signal) finish_save();
+      if (last || until || signal) finish_save();
       if (signal && !last) {
         say(fmt::format("stopped by {} after step {}: checkpoint saved; go on with --resume", signal == SIGINT ? "SIGINT" : "SIGTERM", step_));
         return 128 + signal;
       }
+      if (until) break;
     }
     return 0;
   }

@@ -13,6 +13,7 @@ namespace tessera {
 struct TrainOptions {
   bool resume = false;
   bool quiet = false;        // no progress line
+  int64_t until = 0;         // ends after this step with a checkpoint, though training.steps are more; 0: at training.steps
 };
 
 // Runs `config` to its last step, into config.run.folder: config.toml, metrics.jsonl, TensorBoard events, checkpoints/step-N/.

@@ -1,0 +1,82 @@
+#include "sweep/trial_state.hpp"
+
+#include <fmt/format.h>
+
+#include <fstream>
+#include <functional>
+#include <thread>
+
+#include "checkpoint/file.hpp"
+
+namespace tessera {
+
+namespace fs = std::filesystem;
+using nlohmann::json;
+
+namespace {
+
+constexpr const char* kFile = "trial.json";
+
+// Whole lines: the last may be half written.
+void for_lines(const fs::path& file, const std::function<bool(const json&)>& use) {
+  std::ifstream in(file);
+  for (std::string line; std::getline(in, line);)
+    if (const json object = json::parse(line, nullptr, false); object.is_object() && !use(object)) return;
+}
+
+}  // namespace
+
+TrialState read_trial_state(const fs::path& folder) {
+  const fs::path file = folder / kFile;
+  if (!is_there(file)) return {};
+  const json object = strict_json(read_file(file, 1 << 20), file.string());
+  try {
+    return {.state = object.at("state").get<std::string>(), .error = object.value("error", ""), .machine = object.value("machine", "")};
+  } catch (const json::exception&) {
+    throw Error(ExitCode::kRuntime, fmt::format("{}: holds no state of a trial", file.string()), "remove the file, and the trial goes on from its last checkpoint");
+  }
+}
+
+void write_trial_state(const fs::path& folder, const Trial& trial, const TrialState& state) {
+  json sets = json::object();
+  for (const Setting& set : trial.settings) sets[set.key] = set.value;
+  const json object{{"name", trial.name}, {"sets", sets}, {"seed", trial.seeded ? json(trial.seed) : json()}, {"state", state.state}, {"error", state.error}, {"machine", state.machine}};
+  make_folder(folder);
+  write_file(folder / kFile, object.dump(1, ' ', false, json::error_handler_t::replace) + "\n");
+}
+
+std::string machine_text() {
+  std::string processor = "processor unknown";
+  std::ifstream in("/proc/cpuinfo");
+  for (std::string line; std::getline(in, line);)
+    if (line.starts_with("model name") && line.find(": ") != std::string::npos) {
+      processor = line.substr(line.find(": ") + 2);
+      break;
+    }
+  return fmt::format("{}, {} cores, tessera {}", processor, std::thread::hardware_concurrency(), TESSERA_VERSION);
+}
+
+json last_metrics(const fs::path& folder) {
+  json last = json::object();
+  for_lines(folder / "metrics.jsonl", [&](const json& line) {
+    for (const auto& [key, value] : line.items())
+      if (value.is_number() || value.is_null()) last[key] = value;
+    return true;
+  });
+  return last;
+}
+
+int64_t diverged_at(const fs::path& folder, double factor) {
+  double first = -1;
+  int64_t found = 0;
+  for_lines(folder / "metrics.jsonl", [&](const json& line) {
+    const auto loss = line.find("loss");
+    if (loss == line.end() || !line.contains("step")) return true;
+    if (first < 0 && loss->is_number()) first = loss->get<double>();
+    if (loss->is_null() || (loss->is_number() && loss->get<double>() > factor * first)) found = line["step"].get<int64_t>();
+    return found == 0;
+  });
+  return found;
+}
+
+}  // namespace tessera

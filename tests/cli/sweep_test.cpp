@@ -1,0 +1,226 @@
+// Sweeps as a user runs them: one table whatever interrupts them, and what goes wrong.
+#include <gtest/gtest.h>
+
+#include <random>
+
+#include "tests/support/failing.hpp"
+#include "tests/support/tiny_run.hpp"
+
+namespace tessera {
+namespace {
+
+namespace fs = std::filesystem;
+
+class SweepCommand : public TinyRunTest {
+ protected:
+  static constexpr const char* kAxes = "[[axes]]\nkey = \"model.hybrid_override_pattern\"\nvalues = [\"M*\", \"E/E\"]\n[[axes]]\nkey = \"optimizer.lr\"\nvalues = [1e-3, 1e-2]\n";
+  void write_sweep(const std::string& folder, const std::string& more = kAxes, const std::string& own = "") const {
+    put_file(folder_ / "s.toml", fmt::format("[sweep]\nbase = \"tiny.toml\"\nfolder = \"{}\"\n{}[set]\ntraining.steps = 5\ntraining.num_threads = 1\ncheckpoint.interval = 2\n{}", folder, own, more));
+  }
+  Finished sweep(std::vector<std::string> more = {}, const std::function<void()>& prepare = {}) const {
+    more.insert(more.begin(), {"sweep", "s.toml"});
+    return run_tessera(folder_, more, prepare);
+  }
+  std::string results(const std::string& folder) const { return file_text(folder_ / folder / "results.csv"); }
+  std::vector<fs::path> trials(const std::string& folder) const {
+    std::vector<fs::path> out;
+    for (const auto& entry : fs::directory_iterator(folder_ / folder / "trials")) out.push_back(entry.path());
+    std::sort(out.begin(), out.end());
+    return out;
+  }
+  static std::string state(const fs::path& trial) { return nlohmann::json::parse(file_text(trial / "trial.json"))["state"].get<std::string>(); }
+};
+
+TEST_F(SweepCommand, RunsWhatIsMissingAndNothingTwice) {
+  write_sweep("out");
+  const Finished listed = sweep({"--dry-run"});
+  EXPECT_EQ(listed.code, 0) << listed.err;
+  EXPECT_EQ(std::count(listed.out.begin(), listed.out.end(), '\n'), 4);
+  EXPECT_FALSE(fs::exists(folder_ / "out"));
+  const Finished first = sweep();
+  ASSERT_EQ(first.code, 0) << first.err;
+  const std::string table = results("out");
+  EXPECT_EQ(std::count(table.begin(), table.end(), '\n'), 5);
+  EXPECT_NE(first.out.find("hybrid_override_pattern"), std::string::npos) << first.out;
+  for (const fs::path& trial : trials("out")) EXPECT_EQ(state(trial), "done");
+  const auto written = fs::last_write_time(trials("out")[0] / "metrics.jsonl");
+  const Finished again = sweep();
+  EXPECT_EQ(again.code, 0);
+  EXPECT_NE(again.err.find("4 trials, 4 of them ended before"), std::string::npos) << again.err;
+  EXPECT_EQ(fs::last_write_time(trials("out")[0] / "metrics.jsonl"), written);
+  EXPECT_EQ(results("out"), table);
+  // An edited sweep adds, and keeps the rest.
+  std::string longer = kAxes;
+  longer.replace(longer.find("1e-2"), 4, "1e-2, 3e-3");
+  write_sweep("out", longer);
+  const Finished more = sweep();
+  EXPECT_EQ(more.code, 0) << more.err;
+  EXPECT_NE(more.err.find("6 trials, 4 of them ended before"), std::string::npos) << more.err;
+  EXPECT_EQ(fs::last_write_time(trials("out")[0] / "metrics.jsonl"), written);
+  // A trial's folder is a run as any other.
+  EXPECT_EQ(tessera({"eval", trials("out")[0].lexically_relative(folder_).string()}).code, 0);
+}
+
+TEST_F(SweepCommand, KilledAndStartedAgainGivesTheSameTable) {
+  write_sweep("whole", kAxes, "seeds = [0, 1]\n");
+  ASSERT_EQ(sweep().code, 0);
+  write_sweep("killed", kAxes, "seeds = [0, 1]\nat_once = 2\n");
+  std::mt19937 random(7);
+  const int times = std::getenv("TESSERA_TEST_ALL") ? 20 : 4;
+  int killed = 0;
+  for (int i = 0; i < times; ++i) {
+    Process process(folder_, {"sweep", "s.toml"});
+    const auto until = std::chrono::steady_clock::now() + std::chrono::milliseconds(200 + random() % 1200);
+    process.wait_until([&] { return std::chrono::steady_clock::now() > until || !process.running(); });
+    if (!process.running()) break;
+    const int signal = i % 3 == 2 ? SIGINT : SIGKILL;
+    process.signal(signal);
+    const Finished end = process.wait();
+    ++killed;
+    EXPECT_EQ(end.code, signal == SIGINT ? 130 : 137) << end.err;
+  }
+  EXPECT_GT(killed, 1);
+  const Finished end = sweep();
+  ASSERT_EQ(end.code, 0) << end.err;
+  EXPECT_EQ(results("killed"), results("whole"));
+  for (const fs::path& trial : trials("whole"))
+    for (const char* name : {"model.safetensors", "optimizer.safetensors"})
+      EXPECT_TRUE(file_text(folder_ / "killed/trials" / trial.filename() / "checkpoints/step-5" / name) == file_text(trial / "checkpoints/step-5" / name)) << trial;
+}
+
+TEST_F(SweepCommand, FailedTrialsAreKeptWithTheirErrorAndCanBeRetried) {
+  // Three heads do not divide into two kv heads' groups, and a plugin is missing for one trial.
+  write_sweep("out", "[[axes]]\nkey = \"plugins.paths\"\nvalues = [[], [\"missing.so\"]]\n[[axes]]\nkey = \"blocks.gqa.num_heads\"\nvalues = [2, 3]\n", "");
+  const Finished end = sweep({}, [] { setenv("OMP_NUM_THREADS", "1", 1); });
+  EXPECT_EQ(end.code, 4) << end.err;
+  EXPECT_NE(end.err.find("of 4 trials failed; their errors are in out/results.csv\nhelp: --retry runs them again\n"), std::string::npos) << end.err;
+  EXPECT_NE(results("out").find("missing.so"), std::string::npos) << results("out");
+  // A run that fails by itself is tried again when asked only.
+  write_sweep("bad", "[[axes]]\nkey = \"data.path\"\nvalues = [\"text/*.txt\", \"later/*.txt\"]\n", "");
+  EXPECT_EQ(sweep().code, 4);
+  EXPECT_NE(results("bad").find("failed"), std::string::npos);
+  fs::copy(folder_ / "text", folder_ / "later", fs::copy_options::recursive);
+  EXPECT_EQ(sweep().code, 4) << "kept";
+  const Finished retried = sweep({"--retry"});
+  EXPECT_EQ(retried.code, 0) << retried.err;
+  EXPECT_EQ(results("bad").find("failed"), std::string::npos) << results("bad");
+}
+
+TEST_F(SweepCommand, MistakesAreToldBeforeAnythingRuns) {
+  write_sweep("out", "[[axes]]\nkey = \"optimizer.rate\"\nvalues = [1, 2]\n");
+  const Finished unknown = sweep();
+  EXPECT_EQ(unknown.code, 2);
+  EXPECT_NE(unknown.err.find("optimizer.rate: unknown key"), std::string::npos) << unknown.err;
+  EXPECT_FALSE(fs::exists(folder_ / "out"));
+  write_sweep("out", "[[axes]]\nkey = \"optimizer.lr\"\nrange = { from = 1, to = 1000, step = 1 }\n[[axes]]\nkey = \"training.max_norm\"\nrange = { from = 1, to = 1000, step = 1 }\n", "");
+  const Finished many = sweep({"--yes"});
+  EXPECT_EQ(many.code, 2);
+  EXPECT_EQ(many.err, "s.toml: error: the axes make 1000000 trials, at most 100000\nhelp: take values out of an axis\n");
+  write_sweep("out", "[[axes]]\nkey = \"optimizer.lr\"\nrange = { from = 1, to = 1001, step = 1 }\n", "");
+  EXPECT_EQ(sweep().err, "s.toml: error: the axes make 1001 trials\nhelp: --yes if that is meant; --dry-run lists them\n");
+  EXPECT_EQ(sweep({"--trial", "none", "--yes"}).code, 2);
+  put_file(folder_ / "s.toml", "[sweep]\nbase = \"none.toml\"\n");
+  EXPECT_EQ(sweep().err, "none.toml: error: the configuration file cannot be opened\n");
+}
+
+TEST_F(SweepCommand, IsOneProcessAFolderAndReadsItsFileOnce) {
+  write_sweep("out");
+  Process process(folder_, {"sweep", "s.toml"});
+  ASSERT_TRUE(process.wait_until([&] { return fs::exists(folder_ / "out/trials") && !fs::is_empty(folder_ / "out/trials"); }));
+  const Finished second = sweep();
+  EXPECT_EQ(second.code, 4);
+  EXPECT_EQ(second.err, "error: out: another process runs this sweep\nhelp: wait until it ends, or choose another [sweep] folder\n");
+  put_file(folder_ / "s.toml", "[sweep]\nbase = \"tiny.toml\"\nfolder = \"out\"\n[[axes]\n");  // edited, and half written
+  const Finished end = process.wait();
+  EXPECT_EQ(end.code, 0) << end.err;
+  const std::string table = results("out");
+  EXPECT_EQ(std::count(table.begin(), table.end(), '\n'), 5);
+}
+
+TEST_F(SweepCommand, HalvingStopsTheWorst) {
+  write_sweep("out", "[halving]\nrungs = [2, 4]\nkeep = 0.5\n[[axes]]\nkey = \"optimizer.lr\"\nvalues = [1e-5, 1e-4, 1e-3, 1e-2]\n", "");
+  const Finished end = sweep();
+  ASSERT_EQ(end.code, 0) << end.err;
+  std::map<std::string, int> states;
+  for (const fs::path& trial : trials("out")) ++states[state(trial)];
+  EXPECT_EQ(states, (std::map<std::string, int>{{"done", 1}, {"stopped", 3}}));
+  const std::string table = results("out");
+  EXPECT_NE(table.find(" of 4 by val_loss at step 2"), std::string::npos) << table;
+  EXPECT_NE(table.find("number 2 of 2 by val_loss at step 4"), std::string::npos) << table;
+  for (const fs::path& trial : trials("out")) {
+    const size_t steps = metrics_of(trial).size();
+    EXPECT_TRUE(state(trial) == "done" ? steps == 5 : steps == 2 || steps == 4) << trial << " " << steps;
+  }
+}
+
+TEST_F(SweepCommand, ATrialThatDivergesEnds) {
+  write_sweep("out", "[[axes]]\nkey = \"optimizer.lr\"\nvalues = [1e-3, 1e4]\n", "stop_above = 3.0\n");
+  const Finished end = sweep();
+  ASSERT_EQ(end.code, 0) << end.err;
+  std::map<std::string, int> states;
+  for (const fs::path& trial : trials("out")) ++states[state(trial)];
+  EXPECT_EQ(states, (std::map<std::string, int>{{"done", 1}, {"diverged", 1}})) << results("out");
+}
+
+TEST_F(SweepCommand, ATrialMayBeSeveralProcesses) {
+  write_sweep("out", "[[axes]]\nkey = \"parallelism.tensor_parallel_degree\"\nvalues = [1, 2]\n[[axes]]\nkey = \"optimizer.lr\"\nvalues = [1e-3]\n", "ranks = 2\n");
+  put_file(folder_ / "tiny.toml", std::string(kTinyRun) + "\n");
+  const Finished end = sweep();
+  ASSERT_EQ(end.code, 0) << end.err << results("out");
+  for (const fs::path& trial : trials("out")) EXPECT_TRUE(metrics("out/trials/" + trial.filename().string())[0].contains("slowest_rank"));
+}
+
+TEST_F(SweepCommand, AnotherMachineIsMarked) {
+  write_sweep("out");
+  ASSERT_EQ(sweep().code, 0);
+  const fs::path file = trials("out")[0] / "trial.json";
+  auto changed = nlohmann::json::parse(file_text(file));
+  changed["machine"] = "another, 64 cores, tessera 0.0.1";
+  put_file(file, changed.dump());
+  const Finished end = sweep();
+  EXPECT_NE(end.out.find("trials ran on different machines or versions:\n"), std::string::npos) << end.out;
+  EXPECT_NE(end.out.find("  1 trials: another, 64 cores, tessera 0.0.1\n"), std::string::npos) << end.out;
+}
+
+TEST_F(SweepCommand, AFullDiskEndsItAndItGoesOn) {
+  write_sweep("whole");
+  ASSERT_EQ(sweep().code, 0);
+  write_sweep("out");
+  const int64_t stride = std::getenv("TESSERA_TEST_ALL") ? 3 : 90;
+  int64_t failures = 0;
+  for (int64_t at = 4; at < 1000; at += stride) {
+    const Finished end = sweep({}, failing({.below = (folder_ / "out").string(), .at = at, .error = ENOSPC, .stays = true}));
+    if (end.code == 0) break;
+    ++failures;
+    // Either the sweep's own file, or those of all its trials.
+    const std::string told = fs::exists(folder_ / "out/results.csv") ? results("out") : "";
+    EXPECT_EQ(end.code, 4) << end.err;
+    EXPECT_TRUE((end.err + told).find("No space left on device") != std::string::npos) << end.err << told;
+    fs::remove_all(folder_ / "out");
+  }
+  EXPECT_GT(failures, 0);
+  const Finished end = sweep({"--retry"});
+  ASSERT_EQ(end.code, 0) << end.err;
+  EXPECT_EQ(results("out"), results("whole"));
+}
+
+TEST_F(SweepCommand, WritesAJobArray) {
+  write_sweep("out");
+  const Finished shown = sweep({"--launcher", "slurm", "--dry-run"});
+  EXPECT_EQ(shown.code, 0) << shown.err;
+  for (const char* line : {"#SBATCH --array=0-3%1\n", "#SBATCH --ntasks=1\n", "--launcher slurm --trial "}) EXPECT_NE(shown.out.find(line), std::string::npos) << shown.out;
+  // An sbatch that runs the array's tasks one after the other.
+  put_file(folder_ / "bin/sbatch", "#!/bin/sh\nfor i in 0 1 2 3; do SLURM_ARRAY_TASK_ID=$i sh \"$1\" || exit 1; done\n");
+  fs::permissions(folder_ / "bin/sbatch", fs::perms::owner_all);
+  const std::string path = (folder_ / "bin").string() + ":" + std::getenv("PATH");
+  const Finished run = sweep({"--launcher", "slurm"}, [&] { setenv("PATH", path.c_str(), 1); });
+  ASSERT_EQ(run.code, 0) << run.err;
+  for (const fs::path& trial : trials("out")) EXPECT_EQ(state(trial), "done");
+  EXPECT_EQ(sweep().code, 0);
+  const Finished none = sweep({"--launcher", "slurm"}, [] { setenv("PATH", "/nowhere", 1); });
+  EXPECT_EQ(none.code, 4);
+  EXPECT_NE(none.err.find("there is no sbatch here"), std::string::npos) << none.err;
+}
+
+}  // namespace
+}  // namespace tessera
