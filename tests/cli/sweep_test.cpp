@@ -186,7 +186,7 @@ TEST_F(SweepCommand, AFullDiskEndsItAndItGoesOn) {
   write_sweep("whole");
   ASSERT_EQ(sweep().code, 0);
   write_sweep("out");
-  const int64_t stride = std::getenv("TESSERA_TEST_ALL") ? 3 : 90;
+  const int64_t stride = std::getenv("TESSERA_TEST_ALL") ? 3 : 300;
   int64_t failures = 0;
   for (int64_t at = 4; at < 1000; at += stride) {
     const Finished end = sweep({}, failing({.below = (folder_ / "out").string(), .at = at, .error = ENOSPC, .stays = true}));
