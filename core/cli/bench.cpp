@@ -3,11 +3,16 @@
 #include <fmt/format.h>
 #include <fmt/ranges.h>
 
+#include <algorithm>
+#include <deque>
 #include <iostream>
 #include <nlohmann/json.hpp>
+#include <thread>
 
 #include "cli/limits.hpp"
 #include "cli/verbs.hpp"
+#include "measure/compare.hpp"
+#include "metrics/machine.hpp"
 
 namespace tessera {
 
@@ -17,9 +22,13 @@ using nlohmann::json;
 
 json to_json(const BenchResult& r) {
   json out{{"config", r.config}, {"dtype", r.dtype}, {"device", r.device}, {"params", r.params}, {"peak_bytes", r.peak_bytes},
-           {"train", {{"tokens_per_s", r.train_tokens_per_s}, {"step_s", r.train_step_s}, {"flops_per_s", r.train_flops_per_s}}},
+           {"train", {{"tokens_per_s", r.train_tokens_per_s}, {"step_s", r.train_step_s}, {"flops_per_s", r.train_flops_per_s}, {"samples_s", r.step_s.values},
+                      {"quartiles_s", {r.step_s.quantile(0.25), r.step_s.quantile(0.75)}}, {"warm_up_steps", r.warm_up_steps}}},
            {"decode", {{"tokens_per_s", r.decode_tokens_per_s}, {"prefill_tokens_per_s", r.prefill_tokens_per_s}}},
-           {"matrix_peak_flops_per_s", r.matrix_peak}, {"memory_peak_bytes_per_s", r.memory_peak}, {"parts", json::array()}, {"ranks", json::array()}};
+           {"matrix_peak_flops_per_s", r.matrix_peak}, {"memory_peak_bytes_per_s", r.memory_peak}, {"parts", json::array()}, {"ranks", json::array()},
+           {"contexts", json::array()}, {"unchecked", r.unchecked}};
+  for (const ContextPoint& c : r.contexts)
+    out["contexts"].push_back({{"context", c.context}, {"prefill_tokens_per_s", c.prefill_tokens_per_s}, {"decode_tokens_per_s", c.decode_tokens_per_s}, {"state_bytes", c.state_bytes}});
   for (const RankTime& t : r.ranks)
     out["ranks"].push_back({{"place", t.place}, {"compute_s", t.compute_s}, {"wait_s", t.wait_s}, {"pipeline_wait_s", t.pipeline_wait_s}, {"peak_bytes", t.peak_bytes},
                             {"sent_bytes", t.sent_bytes}, {"planned_bytes", t.planned_bytes}});
@@ -29,15 +38,74 @@ json to_json(const BenchResult& r) {
   return out;
 }
 
+// As Google Benchmark's tools read it: a row a round, and the median.
+json as_benchmarks(const std::vector<BenchResult>& results) {
+  json rows = json::array();
+  for (const BenchResult& r : results) {
+    const std::string name = r.config + "/train_step";
+    const auto row = [&](const std::string& suffix, double seconds) {
+      return json{{"name", name + suffix}, {"run_name", name}, {"repetitions", r.step_s.values.size()}, {"threads", 1}, {"iterations", 1}, {"real_time", 1e3 * seconds}, {"cpu_time", 1e3 * seconds}, {"time_unit", "ms"}};
+    };
+    for (size_t i = 0; i < r.step_s.values.size(); ++i) {
+      json one = row("", r.step_s.values[i]);
+      one["run_type"] = "iteration", one["repetition_index"] = i;
+      rows.push_back(std::move(one));
+    }
+    if (r.step_s.values.empty()) continue;
+    json median = row("_median", r.step_s.median());
+    median["run_type"] = "aggregate", median["aggregate_name"] = "median", median["aggregate_unit"] = "time";
+    rows.push_back(std::move(median));
+  }
+  return rows;
+}
+
+// One configuration: the document of it. Several: { "results": [...] }. Both with what Google Benchmark's tools look for.
+json document(const std::vector<BenchResult>& results) {
+  json out = results.size() == 1 ? to_json(results[0]) : json{{"results", json::array()}};
+  if (results.size() > 1)
+    for (const BenchResult& r : results) out["results"].push_back(to_json(r));
+  out["context"] = {{"machine", machine_text()}, {"num_cpus", std::thread::hardware_concurrency()}, {"library_build_type", "release"}, {"executable", "tessera bench"}};
+  out["benchmarks"] = as_benchmarks(results);
+  return out;
+}
+
+// Several configurations, a line each.
+void print_side_by_side(const std::vector<BenchResult>& results) {
+  size_t width = 13;
+  for (const BenchResult& r : results) width = std::max(width, r.config.size());
+  fmt::print("\n{:<{}} {:>12} {:>14} {:>7} {:>20} {:>9} {:>15} {:>11}\n", "configuration", width, "parameters", "train tokens/s", "ratio", "step s (quartiles)", "MiB", "decode tokens/s", "prefill");
+  for (const BenchResult& r : results)
+    fmt::print("{:<{}} {:>12} {:>14.1f} {:>7.3f} {:>20} {:>9.0f} {:>15.1f} {:>11.1f}\n", r.config, width, r.params, r.train_tokens_per_s,
+               results[0].train_tokens_per_s > 0 ? r.train_tokens_per_s / results[0].train_tokens_per_s : 0.0,
+               fmt::format("{:.3f} ({:.3f}-{:.3f})", r.train_step_s, r.step_s.quantile(0.25), r.step_s.quantile(0.75)), static_cast<double>(r.peak_bytes) / 1048576, r.decode_tokens_per_s,
+               r.prefill_tokens_per_s);
+}
+
+int print_comparison(const std::vector<std::string>& files, bool as_json) {
+  const auto all = compare_bench(files[0], files[1]);
+  json out = json::array();
+  for (const Comparison& c : all) {
+    const char* verdict = c.p >= 0.05 ? "no difference beyond noise" : c.ratio > 1 ? "faster" : "slower";
+    if (as_json) out.push_back({{"config", c.config}, {"other", c.other}, {"a_step_s", c.a.median()}, {"b_step_s", c.b.median()}, {"ratio", c.ratio}, {"p", c.p}, {"verdict", verdict}, {"warning", c.warning}});
+    else fmt::print("{}: {:.4f} s -> {:.4f} s a step, {:.3f} times as fast, p = {:.2g} over {} and {} steps: {}{}\n", c.config, c.a.median(), c.b.median(), c.ratio, c.p, c.a.values.size(), c.b.values.size(), verdict,
+                    c.warning.empty() ? "" : "; but " + c.warning);
+  }
+  if (as_json) std::cout << out.dump(1) << "\n";
+  return 0;
+}
+
 void print(const BenchResult& r) {
   const auto percent = [](double value, double of) { return of > 0 ? 100 * value / of : 0; };
   fmt::print("{}: {} parameters, {} on {}{}; this machine: {:.4g} FLOP/s in matrix products, {:.4g} bytes/s in copies\n", r.config, r.params, r.dtype, r.device,
              r.ranks.empty() ? "" : fmt::format(", {} ranks", r.ranks.size()), r.matrix_peak,
              r.memory_peak);
   if (r.train_step_s > 0)
-    fmt::print("  train    {:>10.1f} tokens/s   {:.3f} s a step   {:.4g} FLOP/s, {:.1f} % of the matrix peak   peak memory {:.0f} MiB\n", r.train_tokens_per_s, r.train_step_s,
-               r.train_flops_per_s, percent(r.train_flops_per_s, r.matrix_peak), static_cast<double>(r.peak_bytes) / 1048576);
+    fmt::print("  train    {:>10.1f} tokens/s   {:.3f} s a step ({:.3f} to {:.3f}, {} steps after {} to warm up)   {:.4g} FLOP/s, {:.1f} % of the matrix peak   peak memory {:.0f} MiB\n", r.train_tokens_per_s,
+               r.train_step_s, r.step_s.quantile(0.25), r.step_s.quantile(0.75), r.step_s.values.size(), r.warm_up_steps, r.train_flops_per_s, percent(r.train_flops_per_s, r.matrix_peak), static_cast<double>(r.peak_bytes) / 1048576);
   if (r.decode_tokens_per_s > 0) fmt::print("  decode   {:>10.1f} tokens/s   prefill {:.1f} tokens/s\n", r.decode_tokens_per_s, r.prefill_tokens_per_s);
+  for (const std::string& name : r.unchecked) fmt::print("  {} is too large to be checked against fp64\n", name);
+  if (!r.contexts.empty()) fmt::print("\n  {:>10} {:>18} {:>16} {:>12}\n", "context", "prefill tokens/s", "decode tokens/s", "state bytes");
+  for (const ContextPoint& c : r.contexts) fmt::print("  {:>10} {:>18.1f} {:>16.1f} {:>12}\n", c.context, c.prefill_tokens_per_s, c.decode_tokens_per_s, c.state_bytes);
   if (r.parts.empty()) return;
   fmt::print("\n  {:<16} {:>6} {:>11} {:>13} {:>12} {:>10} {:>16} {:>16}\n", "part of a step", "layers", "forward ms", "recompute ms", "backward ms", "of step", "of matrix peak",
              "of memory peak");
@@ -64,33 +132,38 @@ void print(const BenchResult& r) {
 
 void add_bench(CLI::App& app, Run& run) {
   struct Options {
-    std::vector<std::string> configs, sets;
+    std::vector<std::string> configs, sets, compared;
     std::string mesh;
     BenchOptions bench;
     bool json = false;
   };
   auto o = std::make_shared<Options>();
   CLI::App* verb = app.add_subcommand("bench", "throughput of training steps and of decoding on random tokens, and each block's time");
-  verb->add_option("CONFIG", o->configs, "TOML files")->required();
-  verb->add_option("--steps", o->bench.steps, "timed training steps; 0: no training")->capture_default_str()->check(whole(0));
+  CLI::Option* configs = verb->add_option("CONFIG", o->configs, "TOML files, which take turns");
+  verb->add_option("--compare", o->compared, "two documents of --json: which is faster, and whether by more than noise")->expected(2)->type_name("A.json B.json")->excludes(configs);
+  verb->add_option("--steps", o->bench.steps, "timed training steps of each configuration; 0: no training")->capture_default_str()->check(whole(0));
   verb->add_option("--decode-batch", o->bench.decode_batch, "sequences decoded together")->capture_default_str()->check(whole(1));
   verb->add_option("--decode-context", o->bench.decode_context, "tokens before the first timed one")->capture_default_str()->check(whole(1));
   verb->add_option("--decode-tokens", o->bench.decode_tokens, "timed tokens a sequence; 0: no decoding")->capture_default_str()->check(whole(0));
+  verb->add_option("--contexts", o->bench.contexts, "lengths at which prefill and decoding of one sequence are measured")->delimiter(',')->type_name("N,...")->check(whole(1));
+  verb->add_flag("!--no-check", o->bench.check, "does not compare the blocks with fp64 first");
   verb->add_flag("--json", o->json, "one JSON document on stdout");
   add_mesh(*verb, o->mesh);
   add_sets(*verb, o->sets);
   verb->callback([o, &run] {
     run = [o] {
+      if (!o->compared.empty()) return print_comparison(o->compared, o->json);
+      if (o->configs.empty()) throw Error(ExitCode::kUsage, "bench: CONFIG is required", "tessera bench CONFIG..., or --compare A.json B.json");
       return over_ranks(o->mesh, [&](const MeshGroups* ranks) {
-        json all = json::array();
-        for (const std::string& file : o->configs) {
-          const Loaded loaded = load_with_plugins(file, o->sets);
-          const BenchResult result = bench(loaded.config, o->bench, ranks);
-          if (ranks && ranks->place().rank > 0) continue;
-          if (o->json) all.push_back(to_json(result));
-          else print(result);
-        }
-        if (!all.empty()) std::cout << (all.size() == 1 ? all.front() : all).dump(1) << "\n";
+        std::deque<Loaded> loaded;
+        std::vector<Config> configs;
+        for (const std::string& file : o->configs) configs.push_back(loaded.emplace_back(load_with_plugins(file, o->sets)).config);
+        const std::vector<BenchResult> results = bench(configs, o->bench, ranks);
+        if (!is_first(ranks)) return 0;
+        if (o->json) std::cout << document(results).dump(1) << "\n";
+        for (const BenchResult& result : results)
+          if (!o->json) print(result);
+        if (!o->json && results.size() > 1) print_side_by_side(results);
         return 0;
       });
     };

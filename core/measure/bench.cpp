@@ -1,14 +1,17 @@
 #include "measure/bench.hpp"
 
 #include <ATen/CPUGeneratorImpl.h>
+#include <ATen/ops/full.h>
 #include <ATen/ops/randint.h>
 
 #include <algorithm>
 #include <chrono>
+#include <limits>
 #include <map>
 #include <nlohmann/json.hpp>
 
 #include "infer/generate.hpp"
+#include "measure/self_check.hpp"
 #include "metrics/exchange_metrics.hpp"
 #include "metrics/machine.hpp"
 #include "model/model.hpp"
@@ -31,10 +34,7 @@ double timed(F run) {
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 }
 
-double median(std::vector<double> values) {
-  std::sort(values.begin(), values.end());
-  return values.empty() ? 0 : values[values.size() / 2];
-}
+double median(std::vector<double> values) { return Samples{std::move(values)}.median(); }
 
 // Those of this data rank; ranks that share rows draw the same.
 std::vector<Batch> random_batches(const Config& config, at::Device device, const Mesh& mesh, int64_t data_rank) {
@@ -89,96 +89,178 @@ std::vector<json> all_reports(const MeshGroups* ranks, at::Device device, const 
   return gather_reports(*ranks->all(), device, json::to_cbor(own));
 }
 
-struct TrainTimes {
-  std::vector<double> step_s, wait_s, pipeline_wait_s;
-  PartSteps parts;
-  std::map<std::string, int64_t> sent_bytes;  // of the last step, by group
-};
-
-TrainTimes time_training(Model& model, const Config& config, const std::vector<Batch>& batches, int64_t steps) {
-  const MeshGroups* ranks = model.store().ranks();
-  Optimizer optimizer(model.store(), config.optimizer);
-  StepClock clock(model.store().device());
-  model.set_clock(&clock);
-  TrainTimes times;
-  for (int64_t step = 0; step <= steps; ++step) {
-    const Exchanged before = ranks ? exchanged(*ranks) : Exchanged{};
-    const double s = timed([&] { train_step(model, optimizer, batches, config.optimizer.lr, config.training.max_norm); });
-    const auto measured = clock.stop();
-    const Exchanged during = ranks ? exchanged(*ranks) - before : Exchanged{};
-    times.sent_bytes = during.sent_bytes;
-    if (step == 0) continue;
-    times.step_s.push_back(s), times.wait_s.push_back(during.wait_s), times.pipeline_wait_s.push_back(during.pipeline_wait_s);
-    for (const auto& [name, seconds] : measured) times.parts[name].push_back(seconds);
+// One configuration among those that take turns.
+class Subject {
+ public:
+  Subject(const Config& config, const BenchOptions& options, const MeshGroups* ranks)
+      : config_(config), options_(options), ranks_(ranks), mesh_(ranks ? ranks->mesh() : Mesh{}), device_(choose_device(config.training.device, ranks)),
+        dtype_(choose_dtype(config.training.dtype, device_, ranks)), plan_(make_plan(config, mesh_)) {
+    config_.training.dtype = dtype_name(dtype_);
+    result_ = {.config = config.source, .dtype = dtype_name(dtype_), .device = device_.str(), .params = totals(plan_).trained};
+    if (options.check && !ranks) result_.unchecked = check_blocks(config, dtype_, device_).too_large;
+    if (device_.is_cpu() && !ranks) require_memory(plan_, options.steps > 0 ? &config.training : nullptr);
+    const int64_t others = current_memory_bytes();
+    forget_peak_memory();
+    store_ = std::make_unique<Store>(plan_, device_, dtype_, config.training.freeze, ranks,
+                                     StoreOptions{.reshard_after_forward = config.parallelism.reshard_after_forward, .reduce_in_fp32 = config.parallelism.reduce_dtype == "float32"});
+    store_->initialise(config.training.seed);
+    model_ = std::make_unique<Model>(plan_, *store_, recomputed_bindings(config.activation_checkpoint), config.training.seed);
+    if (options.steps > 0) {
+      optimizer_ = std::make_unique<Optimizer>(*store_, config.optimizer);
+      batches_ = random_batches(config, device_, mesh_, data_rank(ranks));
+      warm_up();
+    }
+    taken_bytes_ = peak_memory_bytes() - others;
   }
-  model.set_clock(nullptr);
-  return times;
-}
+
+  // One timed training step.
+  void train() {
+    StepClock clock(device_);
+    model_->set_clock(&clock);
+    const Exchanged before = ranks_ ? exchanged(*ranks_) : Exchanged{};
+    step_s_.values.push_back(step());
+    for (const auto& [name, seconds] : clock.stop()) parts_[name].push_back(seconds);
+    const Exchanged during = ranks_ ? exchanged(*ranks_) - before : Exchanged{};
+    sent_bytes_ = during.sent_bytes;
+    wait_s_.push_back(during.wait_s), pipeline_wait_s_.push_back(during.pipeline_wait_s);
+    model_->set_clock(nullptr);
+  }
+
+  // A prompt, and new tokens behind it.
+  void decode() {
+    const auto [prefill, decoding] = time_decoding(options_.decode_batch, options_.decode_context, options_.decode_tokens);
+    prefill_.push_back(prefill), decoding_.push_back(decoding);
+  }
+
+  BenchResult finish(int64_t base_bytes) {
+    for (const int64_t context : options_.contexts) measure_context(context);
+    const json own{{"step_s", step_s_.values}, {"wait_s", median(wait_s_)}, {"pipeline_wait_s", median(pipeline_wait_s_)}, {"parts", part_medians(parts_)},
+                   {"peak_bytes", base_bytes + taken_bytes_}, {"sent_bytes", by_axis(sent_bytes_, mesh_)}};
+    const std::vector<json> reports = all_reports(ranks_, device_, own);
+    for (const json& report : reports) result_.peak_bytes = std::max(result_.peak_bytes, report["peak_bytes"].get<int64_t>());
+    if (options_.steps > 0) add_training(reports);
+    result_.prefill_tokens_per_s = median(prefill_), result_.decode_tokens_per_s = median(decoding_);
+    for (const json& peaks : all_reports(ranks_, device_, {measure_matrix_peak(dtype_, device_), measure_memory_peak(device_)}))
+      result_.matrix_peak += peaks[0].get<double>(), result_.memory_peak += peaks[1].get<double>();
+    return std::move(result_);
+  }
+
+ private:
+  double step() {
+    return timed([&] { train_step(*model_, *optimizer_, batches_, config_.optimizer.lr, config_.training.max_norm); });
+  }
+
+  // Until a step takes no less than nine tenths of the fastest before it; alike on all ranks, whose steps end together.
+  void warm_up() {
+    constexpr int64_t kMost = 10;
+    double fastest = step();
+    for (result_.warm_up_steps = 1; result_.warm_up_steps < kMost; ++result_.warm_up_steps) {
+      double s = step();
+      if (ranks_ && ranks_->all()) {
+        const at::Tensor slowest = at::full({1}, s, at::TensorOptions(at::kDouble).device(device_));
+        ranks_->all()->all_reduce(slowest, Reduce::kMax);
+        s = slowest.item<double>();
+        if (result_.warm_up_steps == 1) fastest = std::numeric_limits<double>::infinity();  // the first step's time is each rank's own
+      }
+      const bool settled = s >= 0.9 * fastest;
+      fastest = std::min(fastest, s);
+      if (settled) break;
+    }
+  }
+
+  void add_training(const std::vector<json>& reports) {
+    const Documents documents{{.length = config_.training.seq_len, .count = global_batch_rows(config_, mesh_)}};
+    result_.step_s.values = reports[0]["step_s"].get<std::vector<double>>();
+    result_.train_step_s = result_.step_s.median();
+    result_.train_tokens_per_s = static_cast<double>(num_tokens(documents)) / result_.train_step_s;
+    for (const CostRow& row : cost_rows(plan_, documents)) result_.train_flops_per_s += 3 * row.cost.flops() / result_.train_step_s;
+    result_.parts = part_times(plan_, documents, dtype_ == at::kBFloat16 ? 2 : 4, reports);
+    for (size_t rank = 0; ranks_ && rank < reports.size(); ++rank) {
+      const json& report = reports[rank];
+      RankTime time{.place = place_text(mesh_, static_cast<int64_t>(rank)), .wait_s = report["wait_s"].get<double>(), .pipeline_wait_s = report["pipeline_wait_s"].get<double>(),
+                    .peak_bytes = report["peak_bytes"].get<int64_t>(), .sent_bytes = report["sent_bytes"].get<std::map<std::string, int64_t>>(),
+                    .planned_bytes = by_axis(plan_traffic(plan_, config_, mesh_, static_cast<int64_t>(rank)).by_group(), mesh_)};
+      time.compute_s = median(report["step_s"].get<std::vector<double>>()) - time.wait_s - time.pipeline_wait_s;
+      result_.ranks.push_back(std::move(time));
+    }
+  }
+
+  // Tokens/s of the prompts' pass and of decoding.
+  std::pair<double, double> time_decoding(int64_t sequences, int64_t context, int64_t tokens) {
+    const at::Tensor ids = at::randint(config_.model.vocab_size, {sequences * context}, at::detail::createCPUGenerator(0), at::TensorOptions(at::kLong));
+    std::vector<std::vector<int64_t>> prompts;
+    for (int64_t i = 0; i < sequences; ++i) {
+      const int64_t* begin = ids.const_data_ptr<int64_t>() + i * context;
+      prompts.emplace_back(begin, begin + context);
+    }
+    // The first token ends the prompt's pass; each step gives one token a sequence, the last sequence's ends it.
+    std::vector<double> ends;
+    const auto start = std::chrono::steady_clock::now();
+    generate(*model_, prompts, {.max_new_tokens = tokens + 1}, [&](size_t sequence, int64_t) {
+      if (sequence + 1 == prompts.size()) ends.push_back(std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
+    });
+    return {static_cast<double>(sequences * context) / ends.front(), static_cast<double>(sequences * tokens) / (ends.back() - ends.front())};
+  }
+
+  void measure_context(int64_t context) {
+    std::vector<double> prefill, decoding;
+    for (int round = 0; round < 3; ++round) {
+      const auto [a, b] = time_decoding(1, context, std::max<int64_t>(1, options_.decode_tokens));
+      prefill.push_back(a), decoding.push_back(b);
+    }
+    DecodeState state(plan_, 1, device_, store_->compute_dtype(), ranks_);
+    state.reserve(context);
+    result_.contexts.push_back({.context = context, .prefill_tokens_per_s = median(prefill), .decode_tokens_per_s = median(decoding), .state_bytes = state.bytes()});
+  }
+
+  Config config_;
+  BenchOptions options_;
+  const MeshGroups* ranks_;
+  Mesh mesh_;
+  at::Device device_;
+  at::ScalarType dtype_;
+  ModelPlan plan_;
+  std::unique_ptr<Store> store_;
+  std::unique_ptr<Model> model_;
+  std::unique_ptr<Optimizer> optimizer_;
+  std::vector<Batch> batches_;
+  BenchResult result_;
+  Samples step_s_;
+  std::vector<double> wait_s_, pipeline_wait_s_, prefill_, decoding_;
+  PartSteps parts_;
+  std::map<std::string, int64_t> sent_bytes_;  // of the last step, by group
+  int64_t taken_bytes_ = 0;                    // by its weights and its first steps
+};
 
 }  // namespace
 
-BenchResult bench(const Config& config, const BenchOptions& options, const MeshGroups* ranks) {
+double Samples::quantile(double q) const {
+  if (values.empty()) return 0;
+  std::vector<double> sorted = values;
+  std::sort(sorted.begin(), sorted.end());
+  const double at = q * static_cast<double>(sorted.size() - 1);
+  const auto below = static_cast<size_t>(at);
+  return sorted[below] + (at - static_cast<double>(below)) * (sorted[std::min(below + 1, sorted.size() - 1)] - sorted[below]);
+}
+
+std::vector<BenchResult> bench(const std::vector<Config>& configs, const BenchOptions& options, const MeshGroups* ranks) {
   const Mesh mesh = ranks ? ranks->mesh() : Mesh{};
   Issues issues;
-  check_config(config, mesh, issues);
+  for (const Config& config : configs) check_config(config, mesh, issues);
   issues.raise();
-  apply_runtime(config.training, ranks ? ranks->world().local_size : 1);
-  const at::Device device = choose_device(config.training.device, ranks);
-  const at::ScalarType dtype = choose_dtype(config.training.dtype, device, ranks);
-  Config resolved = config;
-  resolved.training.dtype = dtype_name(dtype);
-  const ModelPlan plan = make_plan(config, mesh);
-  if (device.is_cpu() && !ranks) require_memory(plan, options.steps > 0 ? &config.training : nullptr);
-  Store store(plan, device, dtype, config.training.freeze, ranks,
-              {.reshard_after_forward = config.parallelism.reshard_after_forward, .reduce_in_fp32 = config.parallelism.reduce_dtype == "float32"});
-  store.initialise(config.training.seed);
-  Model model(plan, store, recomputed_bindings(config.activation_checkpoint), config.training.seed);
-
-  BenchResult result{.config = config.source, .dtype = dtype_name(dtype), .device = device.str(), .params = totals(plan).trained};
-  TrainTimes times;
-  if (options.steps > 0) times = time_training(model, config, random_batches(config, device, mesh, data_rank(ranks)), options.steps);
-  const json own{{"step_s", times.step_s}, {"wait_s", median(times.wait_s)}, {"pipeline_wait_s", median(times.pipeline_wait_s)}, {"parts", part_medians(times.parts)},
-                 {"peak_bytes", peak_memory_bytes()}, {"sent_bytes", by_axis(times.sent_bytes, mesh)}};
-  const std::vector<json> reports = all_reports(ranks, device, own);
-  for (const json& report : reports) result.peak_bytes = std::max(result.peak_bytes, report["peak_bytes"].get<int64_t>());
-  if (options.steps > 0) {
-    const Documents documents{{.length = config.training.seq_len, .count = global_batch_rows(config, mesh)}};
-    result.train_step_s = median(reports[0]["step_s"].get<std::vector<double>>());
-    result.train_tokens_per_s = static_cast<double>(num_tokens(documents)) / result.train_step_s;
-    for (const CostRow& row : cost_rows(plan, documents)) result.train_flops_per_s += 3 * row.cost.flops() / result.train_step_s;
-    result.parts = part_times(plan, documents, dtype == at::kBFloat16 ? 2 : 4, reports);
-    for (size_t rank = 0; ranks && rank < reports.size(); ++rank) {
-      const json& report = reports[rank];
-      RankTime time{.place = place_text(mesh, static_cast<int64_t>(rank)), .wait_s = report["wait_s"].get<double>(), .pipeline_wait_s = report["pipeline_wait_s"].get<double>(),
-                    .peak_bytes = report["peak_bytes"].get<int64_t>(), .sent_bytes = report["sent_bytes"].get<std::map<std::string, int64_t>>(),
-                    .planned_bytes = by_axis(plan_traffic(plan, resolved, mesh, static_cast<int64_t>(rank)).by_group(), mesh)};
-      time.compute_s = median(report["step_s"].get<std::vector<double>>()) - time.wait_s - time.pipeline_wait_s;
-      result.ranks.push_back(std::move(time));
-    }
-  }
-
-  if (options.decode_tokens > 0 && mesh.cp == 1) {
-    const at::Tensor ids = at::randint(config.model.vocab_size, {options.decode_batch * options.decode_context}, at::detail::createCPUGenerator(0), at::TensorOptions(at::kLong));
-    std::vector<std::vector<int64_t>> prompts;
-    for (int64_t i = 0; i < options.decode_batch; ++i) {
-      const int64_t* begin = ids.const_data_ptr<int64_t>() + i * options.decode_context;
-      prompts.emplace_back(begin, begin + options.decode_context);
-    }
-    // The first token ends the prompt's pass; each step gives one token a sequence, the last sequence's ends it.
-    GenerateOptions generate_options{.max_new_tokens = 2};
-    generate(model, prompts, generate_options);
-    generate_options.max_new_tokens = options.decode_tokens + 1;
-    std::vector<double> steps;
-    const auto start = std::chrono::steady_clock::now();
-    generate(model, prompts, generate_options, [&](size_t sequence, int64_t) {
-      if (sequence + 1 == prompts.size()) steps.push_back(std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
-    });
-    result.prefill_tokens_per_s = static_cast<double>(options.decode_batch * options.decode_context) / steps.front();
-    result.decode_tokens_per_s = static_cast<double>(options.decode_batch * options.decode_tokens) / (steps.back() - steps.front());
-  }
-  for (const json& peaks : all_reports(ranks, device, {measure_matrix_peak(dtype, device), measure_memory_peak(device)}))
-    result.matrix_peak += peaks[0].get<double>(), result.memory_peak += peaks[1].get<double>();
-  return result;
+  if (mesh.cp > 1 && !options.contexts.empty()) throw Error(ExitCode::kUsage, "--contexts: context-parallel ranks do not decode", "measure them on another mesh");
+  apply_runtime(configs.front().training, ranks ? ranks->world().local_size : 1);
+  const int64_t base_bytes = current_memory_bytes();
+  std::vector<std::unique_ptr<Subject>> subjects;
+  for (const Config& config : configs) subjects.push_back(std::make_unique<Subject>(config, options, ranks));
+  for (int64_t round = 0; round < options.steps; ++round)
+    for (const auto& subject : subjects) subject->train();
+  constexpr int kDecodeRounds = 3;
+  for (int round = 0; round < kDecodeRounds && options.decode_tokens > 0 && mesh.cp == 1; ++round)
+    for (const auto& subject : subjects) subject->decode();
+  std::vector<BenchResult> results;
+  for (const auto& subject : subjects) results.push_back(subject->finish(base_bytes));
+  return results;
 }
 
 }  // namespace tessera

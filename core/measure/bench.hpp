@@ -10,10 +10,26 @@
 namespace tessera {
 
 struct BenchOptions {
-  int64_t steps = 5;             // timed training steps, after one that is not; 0: none
+  int64_t steps = 5;             // timed training steps of each configuration, one a round; 0: none
   int64_t decode_batch = 1;      // sequences
   int64_t decode_context = 64;   // tokens before the first timed one
   int64_t decode_tokens = 32;    // timed tokens a sequence; 0: none
+  std::vector<int64_t> contexts; // lengths at which prefill and decoding of one sequence are measured
+  bool check = true;             // the blocks against fp64 before anything is timed
+};
+
+// Figures of several rounds.
+struct Samples {
+  std::vector<double> values;  // in the order of the rounds
+  double median() const { return quantile(0.5); }
+  double quantile(double q) const;  // linear between neighbours; 0 where there are none
+};
+
+// A sequence of this length.
+struct ContextPoint {
+  int64_t context = 0;
+  double prefill_tokens_per_s = 0, decode_tokens_per_s = 0;
+  int64_t state_bytes = 0;  // that it keeps for its next token
 };
 
 // Time of one part of a training step: a binding's layers together, embedding, lm_head, a head, the optimizer.
@@ -37,14 +53,19 @@ struct RankTime {
 struct BenchResult {
   std::string config, dtype, device;
   int64_t params = 0, peak_bytes = 0;  // of the rank that takes most
+  int64_t warm_up_steps = 0;           // until a step took no less than those before
+  Samples step_s;                      // of training
   double train_tokens_per_s = 0, train_step_s = 0, train_flops_per_s = 0;  // medians
-  double prefill_tokens_per_s = 0, decode_tokens_per_s = 0;
+  double prefill_tokens_per_s = 0, decode_tokens_per_s = 0;                // medians
   double matrix_peak = 0, memory_peak = 0;  // FLOP/s and bytes/s of all ranks at once, measured
   std::vector<PartTime> parts;  // the slowest first
   std::vector<RankTime> ranks;  // none in a single process
+  std::vector<ContextPoint> contexts;
+  std::vector<std::string> unchecked;  // blocks too large to be checked against fp64
 };
 
 // Over several ranks (`ranks` not nullptr) all call it and get the same result, but decoding rates, which are rank 0's; context-parallel ranks do not decode.
-BenchResult bench(const Config& config, const BenchOptions& options, const MeshGroups* ranks = nullptr);
+// Several configurations take turns, a step each, so that a noisy machine harms all alike. Throws what check_blocks throws.
+std::vector<BenchResult> bench(const std::vector<Config>& configs, const BenchOptions& options, const MeshGroups* ranks = nullptr);
 
 }  // namespace tessera

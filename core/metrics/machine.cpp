@@ -6,6 +6,7 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/ones.h>
 #include <ATen/ops/zeros.h>
+#include <fmt/format.h>
 #include <sys/resource.h>
 #include <unistd.h>
 
@@ -15,6 +16,7 @@
 #include <functional>
 #include <limits>
 #include <string>
+#include <thread>
 
 namespace tessera {
 
@@ -99,6 +101,8 @@ bool supports_fast_bf16() {
   return narrow_time < wide_time;
 }
 
+void forget_peak_memory() { std::ofstream("/proc/self/clear_refs") << "5"; }
+
 int64_t peak_memory_bytes() {
   // VmHWM is of this program; ru_maxrss also counts what ran in the process before it.
   std::ifstream status("/proc/self/status");
@@ -116,6 +120,17 @@ int64_t current_memory_bytes() {
   int64_t total = 0, resident = 0;
   statm >> total >> resident;
   return resident * ::sysconf(_SC_PAGESIZE);
+}
+
+std::string machine_text() {
+  std::string processor = "processor unknown";
+  std::ifstream in("/proc/cpuinfo");
+  for (std::string line; std::getline(in, line);)
+    if (line.starts_with("model name") && line.find(": ") != std::string::npos) {
+      processor = line.substr(line.find(": ") + 2);
+      break;
+    }
+  return fmt::format("{}, {} cores, tessera {}", processor, std::thread::hardware_concurrency(), TESSERA_VERSION);
 }
 
 }  // namespace tessera

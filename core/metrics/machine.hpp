@@ -3,6 +3,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <cstdint>
+#include <string>
 
 namespace tessera {
 
@@ -14,8 +15,13 @@ double measure_memory_peak(at::Device device);
 // True where a small CPU product takes less time in bfloat16 than in fp32: on machines without the instructions it is far slower.
 bool supports_fast_bf16();
 
+// What peak_memory_bytes() says begins anew from what the process holds now, where the system lets it.
+void forget_peak_memory();
 // The most host memory this process has held, and what it holds now: resident bytes.
 int64_t peak_memory_bytes();
 int64_t current_memory_bytes();
+
+// "AMD EPYC 9B45, 2 cores, tessera 0.1.0".
+std::string machine_text();
 
 }  // namespace tessera

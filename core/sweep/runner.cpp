@@ -22,6 +22,7 @@
 #include <thread>
 
 #include "checkpoint/file.hpp"
+#include "metrics/machine.hpp"
 #include "plan/plan.hpp"
 #include "sweep/trial_state.hpp"
 #include "train/signals.hpp"

@@ -4,7 +4,6 @@
 
 #include <fstream>
 #include <functional>
-#include <thread>
 
 #include "checkpoint/file.hpp"
 
@@ -43,17 +42,6 @@ void write_trial_state(const fs::path& folder, const Trial& trial, const TrialSt
   const json object{{"name", trial.name}, {"sets", sets}, {"seed", trial.seeded ? json(trial.seed) : json()}, {"state", state.state}, {"error", state.error}, {"machine", state.machine}};
   make_folder(folder);
   write_file(folder / kFile, object.dump(1, ' ', false, json::error_handler_t::replace) + "\n");
-}
-
-std::string machine_text() {
-  std::string processor = "processor unknown";
-  std::ifstream in("/proc/cpuinfo");
-  for (std::string line; std::getline(in, line);)
-    if (line.starts_with("model name") && line.find(": ") != std::string::npos) {
-      processor = line.substr(line.find(": ") + 2);
-      break;
-    }
-  return fmt::format("{}, {} cores, tessera {}", processor, std::thread::hardware_concurrency(), TESSERA_VERSION);
 }
 
 json last_metrics(const fs::path& folder) {

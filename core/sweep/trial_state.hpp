@@ -20,9 +20,6 @@ struct TrialState {
 TrialState read_trial_state(const std::filesystem::path& folder);
 void write_trial_state(const std::filesystem::path& folder, const Trial& trial, const TrialState& state);
 
-// "AMD EPYC 9B45, 2 cores, tessera 0.1.0".
-std::string machine_text();
-
 // Of the lines of metrics.jsonl: the last value of each key that is a number or null (NaN), and the step.
 nlohmann::json last_metrics(const std::filesystem::path& folder);
 // The first step whose loss is no number, or more than `factor` times that of step 1; 0: none.

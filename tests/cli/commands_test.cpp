@@ -144,6 +144,52 @@ TEST_F(Commands, BenchIsOneDocument) {
   EXPECT_NEAR(seconds / bench.at("train").at("step_s").get<double>(), 1, 0.5);
 }
 
+TEST_F(Commands, BenchTakesTurnsAndComparesWhatItMeasured) {
+  const std::vector<std::string> fast{"--steps", "3", "--decode-tokens", "2"};
+  const auto bench = [&](std::vector<std::string> words) {
+    words.insert(words.begin(), "bench"), words.insert(words.end(), fast.begin(), fast.end());
+    return tessera(words);
+  };
+  put_file(folder_ / "more.toml", file_text(folder_ / "tiny.toml"));
+  const json both = document(bench({"tiny.toml", "more.toml", "--json", "--contexts", "4,32"}));
+  ASSERT_EQ(both.at("results").size(), 2u);
+  for (const json& result : both.at("results")) {
+    EXPECT_EQ(result.at("train").at("samples_s").size(), 3u);
+    EXPECT_LE(result.at("train").at("quartiles_s")[0], result.at("train").at("quartiles_s")[1]);
+    ASSERT_EQ(result.at("contexts").size(), 2u);
+    EXPECT_EQ(result.at("contexts")[1].at("context"), 32);
+    EXPECT_GT(result.at("contexts")[1].at("state_bytes"), result.at("contexts")[0].at("state_bytes"));
+    EXPECT_TRUE(result.at("unchecked").empty());
+  }
+  // What compare.py of Google Benchmark reads.
+  ASSERT_EQ(both.at("benchmarks").size(), 8u);
+  for (const json& row : both.at("benchmarks"))
+    for (const char* key : {"name", "run_type", "real_time", "cpu_time", "time_unit"}) EXPECT_TRUE(row.contains(key)) << key;
+  EXPECT_TRUE(both.contains("context"));
+
+  put_file(folder_ / "a.json", bench({"tiny.toml", "--json"}).out);
+  const json same = document(tessera({"bench", "--compare", "a.json", "a.json", "--json"}));
+  EXPECT_EQ(same.at(0).at("ratio"), 1.0);
+  EXPECT_EQ(same.at(0).at("p"), 1.0);
+  EXPECT_EQ(same.at(0).at("verdict"), "no difference beyond noise");
+  const Finished none = tessera({"bench", "--compare", "a.json", "tiny.toml"});
+  EXPECT_NE(none.code, 0);
+  EXPECT_NE(none.err.find("tiny.toml"), std::string::npos) << none.err;
+}
+
+// A figure of a wrong result is worth nothing.
+TEST_F(Commands, BenchRefusesABlockThatComputesSomethingElse) {
+  const std::vector<std::string> sets{"--set", "model.hybrid_override_pattern=MX", "--set", "symbols.X=rounds", "--set", "blocks.rounds.width=16", "--set", "training.dtype=float32"};
+  std::vector<std::string> words{"bench", "tiny.toml", "--steps", "1", "--decode-tokens", "0"};
+  words.insert(words.end(), sets.begin(), sets.end());
+  const auto with_blocks = [] { setenv("TESSERA_PLUGIN_PATH", TESSERA_BINARY_DIR "/broken_blocks", 1); };
+  const Finished refused = run_tessera(folder_, words, with_blocks);
+  EXPECT_EQ(refused.code, 1) << refused.err;
+  EXPECT_NE(refused.err.find("error: rounds computes something else in float32 on cpu than in fp64: its output differs by "), std::string::npos) << refused.err;
+  words.emplace_back("--no-check");
+  EXPECT_EQ(run_tessera(folder_, words, with_blocks).code, 0);
+}
+
 class OnARun : public Commands {
  protected:
   void SetUp() override {
