@@ -76,7 +76,8 @@ struct MetricsConfig {
 
 struct ProfilingConfig {
   bool enable = false;
-  int64_t step = 10;              // the step that is traced
+  int64_t step = 10;              // the first step that is traced, from 1
+  int64_t num_steps = 1;          // steps traced
 };
 
 struct PluginsConfig {

@@ -100,8 +100,9 @@ Fields metrics() {
 
 Fields profiling() {
   Schema<ProfilingConfig> s;
-  s.field("enable", &ProfilingConfig::enable, "writes a trace of one step");
-  s.field("step", &ProfilingConfig::step, "the step that is traced").unit("steps").range(0, kMany);
+  s.field("enable", &ProfilingConfig::enable, "writes a trace of some steps");
+  s.field("step", &ProfilingConfig::step, "the first that is traced").unit("steps").range(1, kMany);
+  s.field("num_steps", &ProfilingConfig::num_steps, "how many are traced, into one file").unit("steps").range(1, 1000);
   return s;
 }
 
@@ -155,7 +156,7 @@ const std::vector<ConfigTable>& config_tables() {
        member<ActivationCheckpointConfig, &Config::activation_checkpoint>},
       {"data", "what is trained on", data_schema(), member<DataConfig, &Config::data>},
       {"metrics", "what is written and how often", metrics(), member<MetricsConfig, &Config::metrics>},
-      {"profiling", "a trace of one step", profiling(), member<ProfilingConfig, &Config::profiling>},
+      {"profiling", "a trace of some steps", profiling(), member<ProfilingConfig, &Config::profiling>},
       {"plugins", "where block types come from", plugins(), member<PluginsConfig, &Config::plugins>},
       {"parallelism", "the mesh of ranks", parallelism(), member<ParallelismConfig, &Config::parallelism>},
       {"checkpoint", "what is saved, and what the run starts from", checkpoint(), member<CheckpointConfig, &Config::checkpoint>},

@@ -40,6 +40,9 @@ struct AttachLoss : public torch::autograd::Function<AttachLoss> {
 
 double share(double over) { return over > 0 ? 1 / over : 0; }
 
+// "layers.3 (mamba2)".
+std::string layer_label(const LayerPlan& plan) { return fmt::format("{} ({})", plan.prefix.substr(0, plan.prefix.size() - 1), plan.binding); }
+
 // What a plugin throws gets the block type, layer and phase in front.
 template <class F>
 auto guarded(const LayerPlan& plan, const char* phase, F run) {
@@ -47,10 +50,10 @@ auto guarded(const LayerPlan& plan, const char* phase, F run) {
     return run();
   } catch (const Error& error) {
     if (error.code() == ExitCode::kCollective) throw;  // says where
-    throw Error(error.code(), fmt::format("layer {} ({}), {}: {}", plan.prefix.substr(0, plan.prefix.size() - 1), plan.binding, phase, error.message()), error.help());
+    throw Error(error.code(), fmt::format("layer {}, {}: {}", layer_label(plan), phase, error.message()), error.help());
   } catch (const std::exception& error) {
     std::string what = error.what();
-    throw Error(ExitCode::kPlugin, fmt::format("layer {} ({}), {}: {}", plan.prefix.substr(0, plan.prefix.size() - 1), plan.binding, phase, what.substr(0, what.find('\n'))));
+    throw Error(ExitCode::kPlugin, fmt::format("layer {}, {}: {}", layer_label(plan), phase, what.substr(0, what.find('\n'))));
   }
 }
 
@@ -165,7 +168,7 @@ at::Tensor Model::run_block(const Layer& layer, const at::Tensor& x, MicroBatch&
   const MeshGroups* ranks = store_->ranks();
   const BlockInfo& info = layer.plan->type->info();
   const TokenLayout& tokens = micro.tokens;
-  const std::string where = ranks ? fmt::format("{} ({})", layer.plan->prefix.substr(0, layer.plan->prefix.size() - 1), layer.plan->binding) : "";
+  const std::string where = ranks ? layer_label(*layer.plan) : "";
   if (ranks) ranks->whereabouts().place = where + (replaying ? ", recomputation" : ", forward");
   std::vector<LeasePtr> leases;
   const Weights weights = store_->gather(layer.weights, &leases);
@@ -224,18 +227,19 @@ at::Tensor Model::run_block(const Layer& layer, const at::Tensor& x, MicroBatch&
 }
 
 at::Tensor Model::run_layer(const Layer& layer, const at::Tensor& x_nd, const MicroBatchPtr& micro, const Pass& pass) {
-  auto run = [this, &layer, micro, pass](const at::Tensor& x, Decisions* decisions, bool replaying) {
-    enter(layer.plan->binding, replaying ? StepClock::kRecompute : StepClock::kForward);
+  const std::string label = layer_label(*layer.plan);
+  auto run = [this, &layer, micro, pass, label](const at::Tensor& x, Decisions* decisions, bool replaying) {
+    enter(layer.plan->binding, replaying ? StepClock::kRecompute : StepClock::kForward, label);
     const at::Tensor y = guarded(*layer.plan, replaying ? "recomputation" : "forward", [&] { return run_block(layer, x, *micro, pass, decisions, replaying); });
-    if (replaying) enter(layer.plan->binding, StepClock::kBackward);
+    if (replaying) enter(layer.plan->binding, StepClock::kBackward, label);
     return y;
   };
   if (!at::GradMode::is_enabled()) return run(x_nd, nullptr, false);
-  if (!layer.recompute) return mark(run(x_nd, nullptr, false), layer.plan->binding);
+  if (!layer.recompute) return mark(run(x_nd, nullptr, false), layer.plan->binding, label);
   auto call = c10::make_intrusive<LayerCall>();
   call->run = run;
   const at::Tensor anchor = at::empty({0}, x_nd.options().dtype(at::kFloat)).set_requires_grad(true);
-  return mark(RecomputeFunction::apply(x_nd, anchor, call), layer.plan->binding);
+  return mark(RecomputeFunction::apply(x_nd, anchor, call), layer.plan->binding, label);
 }
 
 at::Tensor Model::run_stage(const MicroBatchPtr& micro, int64_t stage, at::Tensor x_nd, const Observer& observer) {

@@ -95,10 +95,10 @@ class Model {
   struct Layer;
   struct Pass;
   const Group* tensor_group() const { return store_->ranks() ? store_->ranks()->tensor() : nullptr; }
-  void enter(const std::string& part, StepClock::Phase phase = StepClock::kForward) {
-    if (clock_) clock_->enter(part, phase);
+  void enter(const std::string& part, StepClock::Phase phase = StepClock::kForward, const std::string& label = "") {
+    if (clock_) clock_->enter(part, phase, label);
   }
-  at::Tensor mark(const at::Tensor& x, const std::string& part) { return clock_ ? clock_->mark(x, part) : x; }
+  at::Tensor mark(const at::Tensor& x, const std::string& part, const std::string& label = "") { return clock_ ? clock_->mark(x, part, label) : x; }
   at::Tensor embed_ids(const MicroBatch& micro, const at::Tensor& ids_n);
   at::Tensor lm_head(const Weights& output);
   at::Tensor final_norm(const Weights& output, const at::Tensor& x_nd) const;

@@ -1,5 +1,6 @@
 #include "model/step_clock.hpp"
 
+#include <ATen/record_function.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 #include <torch/csrc/autograd/custom_function.h>
 
@@ -10,20 +11,36 @@ namespace tessera {
 namespace {
 
 struct Mark : public torch::autograd::Function<Mark> {
-  static at::Tensor forward(torch::autograd::AutogradContext* ctx, const at::Tensor& x, int64_t clock, const std::string& part) {
+  static at::Tensor forward(torch::autograd::AutogradContext* ctx, const at::Tensor& x, int64_t clock, const std::string& part, const std::string& label) {
     ctx->saved_data["clock"] = clock;
-    ctx->saved_data["part"] = part;
+    ctx->saved_data["part"] = part, ctx->saved_data["label"] = label;
     return x.view_as(x);
   }
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx, const torch::autograd::variable_list& grads) {
-    reinterpret_cast<StepClock*>(ctx->saved_data["clock"].toInt())->enter(ctx->saved_data["part"].toStringRef(), StepClock::kBackward);
-    return {grads[0], at::Tensor(), at::Tensor()};
+    reinterpret_cast<StepClock*>(ctx->saved_data["clock"].toInt())->enter(ctx->saved_data["part"].toStringRef(), StepClock::kBackward, ctx->saved_data["label"].toStringRef());
+    return {grads[0], at::Tensor(), at::Tensor(), at::Tensor()};
   }
 };
 
 }  // namespace
 
-void StepClock::enter(const std::string& part, Phase phase) {
+struct StepClock::Scope {
+  explicit Scope(const std::string& name) : record(at::RecordScope::USER_SCOPE) {
+    if (record.isActive()) record.before(name);
+  }
+  at::RecordFunction record;
+};
+
+StepClock::StepClock(at::Device device, bool scopes) : device_(device), scopes_(scopes) {}
+StepClock::~StepClock() = default;
+
+void StepClock::enter(const std::string& part, Phase phase, const std::string& label) {
+  if (scopes_) {
+    constexpr const char* kPhases[] = {"forward", "recomputation", "backward"};
+    scope_.reset();
+    if (!part.empty()) scope_ = std::make_unique<Scope>((label.empty() ? part : label) + ", " + kPhases[phase]);
+    return;
+  }
   if (!device_.is_cpu()) c10::impl::VirtualGuardImpl(device_.type()).getStream(device_).synchronize();
   const auto now = std::chrono::steady_clock::now();
   if (open_) *open_ += std::chrono::duration<double>(now - since_).count();
@@ -38,6 +55,6 @@ std::map<std::string, StepClock::Seconds> StepClock::stop() {
   return std::exchange(seconds_, {});
 }
 
-at::Tensor StepClock::mark(const at::Tensor& x, const std::string& part) { return Mark::apply(x, reinterpret_cast<int64_t>(this), part); }
+at::Tensor StepClock::mark(const at::Tensor& x, const std::string& part, const std::string& label) { return Mark::apply(x, reinterpret_cast<int64_t>(this), part, label); }
 
 }  // namespace tessera

@@ -1,18 +1,17 @@
-// A trace of one step in Chrome's format (chrome://tracing, ui.perfetto.dev).
+// A trace of steps in Chrome's format (chrome://tracing, ui.perfetto.dev).
 #pragma once
 #include <filesystem>
 
 namespace tessera {
 
-// Records from construction to destruction when `on`.
+// Records from construction to destruction.
 class Profile {
  public:
-  Profile(bool on, std::filesystem::path file);
+  explicit Profile(std::filesystem::path file);
   ~Profile();
   Profile(const Profile&) = delete;
 
  private:
-  bool on_;
   std::filesystem::path file_;
 };
 

@@ -200,10 +200,9 @@ class Run {
       const double input_s = seconds() - start;
       const double lr = learning_rate(config_.optimizer, config_.lr_scheduler, step_, config_.training.steps);
       StepResult result;
-      {
-        const Profile profile(config_.profiling.enable && step_ == config_.profiling.step, folder_ / fmt::format("trace-{}.json", step_));
-        result = train_step(*model_, *optimizer_, batches, lr, config_.training.max_norm);
-      }
+      trace();
+      result = train_step(*model_, *optimizer_, batches, lr, config_.training.max_norm);
+      if (traced_ && step_ + 1 == config_.profiling.step + config_.profiling.num_steps - 1) end_trace();
       if (!result.finite) nonfinite(result, batches);
       ++step_;
       const int64_t step_tokens = global_rows() * config_.training.seq_len;
@@ -242,6 +241,21 @@ class Run {
       if (until) break;
     }
     return 0;
+  }
+
+  // Begins a trace where the step to come is the first of it.
+  void trace() {
+    if (!config_.profiling.enable || step_ + 1 != config_.profiling.step) return;
+    const int64_t first_step = step_ + 1, last = first_step + config_.profiling.num_steps - 1;
+    traced_.emplace(folder_ / fmt::format("trace-{}{}{}.json", first_step, last > first_step ? fmt::format("-{}", last) : "", first() ? "" : fmt::format("-rank{}", world_.rank)));
+    scopes_ = std::make_unique<StepClock>(device_, /*scopes=*/true);
+    model_->set_clock(scopes_.get());
+  }
+  void end_trace() {
+    scopes_->stop();
+    model_->set_clock(nullptr);
+    scopes_.reset();
+    traced_.reset();
   }
 
   // All ranks stop after the same step: a signal that one of them received is one for all, and so is the failure of a save in flight, which this throws.
@@ -383,6 +397,8 @@ class Run {
   int64_t saving_ = 0;              // the step that the last save is of
   std::string not_removed_;         // what it said of older ones
   json pause_ = json::object();     // what it cost the loop
+  std::optional<Profile> traced_;
+  std::unique_ptr<StepClock> scopes_;  // of the trace
   double flops_per_token_ = 0, peak_flops_ = 0;
   std::unique_ptr<Saver> saver_;  // its thread ends before what it reads
 };

@@ -227,5 +227,22 @@ TEST_F(Train, ARefusedStartLeavesNoRun) {
   EXPECT_EQ(again.code, 0) << "the failed start is in the way: " << again.err;
 }
 
+TEST_F(TinyRunTest, ATraceHasTheLayersAsScopesForwardAndBackward) {
+  const Finished end = tessera({"train", "tiny.toml", "--profile", "steps=2..3"}, {"training.steps=4", "activation_checkpoint.mode=selective", "activation_checkpoint.block_types=[\"moe\"]"});
+  ASSERT_EQ(end.code, 0) << end.err;
+  const auto trace = nlohmann::json::parse(file_text(folder_ / "run/trace-2-3.json"));
+  std::map<std::string, int> scopes;
+  for (const auto& event : trace["traceEvents"])
+    if (event.value("cat", "") == "user_annotation") ++scopes[event["name"].get<std::string>()];
+  for (const char* name : {"embedding, forward", "layers.0 (mamba2), forward", "layers.1 (gqa), backward", "layers.2 (moe), recomputation", "heads.mtp.layers.0 (mlp), backward", "lm_head, forward", "optimizer, forward"})
+    EXPECT_GE(scopes[name], 2) << name;
+  EXPECT_EQ(metrics("run").size(), 4u);
+  for (const char* wrong : {"5", "steps=0", "steps=5..4", "steps=a", "steps=5.", "steps=5..x"}) {
+    const Finished refused = tessera({"train", "tiny.toml", "--profile", wrong});
+    EXPECT_EQ(refused.code, 2) << wrong;
+    EXPECT_NE(refused.err.find("--profile: must be steps=FIRST..LAST, got "), std::string::npos) << refused.err;
+  }
+}
+
 }  // namespace
 }  // namespace tessera

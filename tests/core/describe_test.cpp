@@ -34,10 +34,11 @@ plugin: built-in
 }
 
 TEST(Describe, ATable) {
-  EXPECT_EQ(describe_text(fake::registry(), "profiling"), R"([profiling]: a trace of one step
-  key     values                      default  unit   meaning
-  enable  boolean                     false           writes a trace of one step
-  step    integer in [0, 1000000000]  10       steps  the step that is traced
+  EXPECT_EQ(describe_text(fake::registry(), "profiling"), R"([profiling]: a trace of some steps
+  key        values                      default  unit   meaning
+  enable     boolean                     false           writes a trace of some steps
+  step       integer in [1, 1000000000]  10       steps  the first that is traced
+  num_steps  integer in [1, 1000]        1        steps  how many are traced, into one file
 )");
   EXPECT_NE(describe_text(fake::registry(), "data").find("[[data.mixture]]"), std::string::npos);
 }
