@@ -19,6 +19,7 @@ using Run = std::function<int()>;
 void add_train(CLI::App& app, Run& run);
 void add_generate(CLI::App& app, Run& run);
 void add_eval(CLI::App& app, Run& run);
+void add_inspect(CLI::App& app, Run& run);
 void add_convert(CLI::App& app, Run& run);
 void add_verify(CLI::App& app, Run& run);
 void add_plan(CLI::App& app, Run& run);

@@ -264,5 +264,34 @@ TEST_F(OnARun, SetReachesTheCheckpointsConfiguration) {
   EXPECT_NEAR(half.at("loss").get<double>(), metrics("run").back().at("val_loss").get<double>(), 0.05);
 }
 
+TEST_F(OnARun, InspectTellsOfTensorsAndLayers) {
+  const json alone = document(tessera({"inspect", "run", "--json"}));
+  const json plan = document(tessera({"plan", "tiny.toml", "--json"}));
+  EXPECT_TRUE(alone.at("layers").empty());
+  std::map<std::string, json> tensors;
+  for (const json& tensor : alone.at("tensors")) tensors[tensor.at("name")] = tensor;
+  for (const char* name : {"embedding.weight", "layers.0.A_log", "layers.2.router.weight", "final_norm.weight"}) ASSERT_TRUE(tensors.contains(name)) << name;
+  EXPECT_EQ(tensors["embedding.weight"].at("shape"), (json{256, 32}));
+  EXPECT_NEAR(tensors["final_norm.weight"].at("mean").get<double>(), 1, 0.2);
+  EXPECT_EQ(tensors["final_norm.weight"].at("not_finite"), 0);
+
+  const std::string text = "3 times 4 is 12";
+  const json read = document(tessera({"inspect", "run", "--json", "--prompt", text}));
+  ASSERT_EQ(read.at("layers").size(), 3u);
+  EXPECT_EQ(read.at("layers")[2].at("layer"), "layers.2 (moe)");
+  double load = 0;
+  for (const json& count : read.at("layers")[2].at("counts").at("expert_load")) load += count.get<double>();
+  EXPECT_EQ(load, 2.0 * static_cast<double>(text.size())) << "every token goes to two experts";
+  for (const json& layer : read.at("layers")) {
+    EXPECT_GT(layer.at("residual_rms"), 0);
+    for (const auto& [name, rms] : layer.at("state_rms").items()) EXPECT_GT(rms, 0) << name;
+  }
+  EXPECT_FALSE(read.at("layers")[1].at("state_rms").empty());
+  EXPECT_NE(tessera({"inspect", "run", "--prompt", text}).out.find("expert_load ["), std::string::npos);
+  EXPECT_EQ(tessera({"inspect", "run", "--prompt", ""}).code, 2);
+  EXPECT_EQ(tessera({"inspect", "run", "--prompt-ids", "1,300"}).code, 2);
+  EXPECT_EQ(tessera({"inspect", "none"}).code, 4);
+}
+
 }  // namespace
 }  // namespace tessera

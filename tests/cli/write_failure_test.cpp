@@ -222,7 +222,9 @@ TEST_F(WriteFailure, ProcessesTogetherEndAndGoOnWhenTheyCanWriteAgain) {
     EXPECT_EQ(end.code, 4) << end.err;
     EXPECT_NE(end.err.find("No space left on device\nhelp: free some space on that disk"), std::string::npos) << end.err;
     for (const std::string& entry : entries(folder_ / "run/checkpoints"))
-      if (!entry.starts_with(".saving-")) EXPECT_NO_THROW(open_checkpoint(folder_ / "run/checkpoints" / entry)) << entry;
+      if (!entry.starts_with(".saving-")) {
+        EXPECT_NO_THROW(open_checkpoint(folder_ / "run/checkpoints" / entry)) << entry;
+      }
     EXPECT_FALSE(newest("run").empty());
     const Finished on = launch("run", {}, true);
     ASSERT_EQ(on.code, 0) << on.err;
