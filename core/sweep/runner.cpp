@@ -68,6 +68,7 @@ class SweepRun {
 
   int run() {
     refuse_too_many();
+    for (const std::string& note : sweep_.notes) say("note: " + note);
     for (Trial& trial : make_trials(sweep_)) entries_.push_back({.trial = std::move(trial), .folder = {}});
     for (Entry& entry : entries_) entry.folder = trial_folder(sweep_, entry.trial);
     check_configurations();

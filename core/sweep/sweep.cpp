@@ -9,6 +9,7 @@
 
 #include "config/read_table.hpp"
 #include "data/hash.hpp"
+#include "sweep/patterns.hpp"
 
 namespace tessera {
 
@@ -75,7 +76,7 @@ class Reader {
 
   void add_axis(const std::string& path, const TomlNode& node) {
     SweepAxis axis{.place = node.place};
-    const std::vector<std::string> forms{"values", "range", "log_range", "zip"};
+    const std::vector<std::string> forms{"values", "range", "log_range", "zip", "patterns"};
     std::vector<std::string> known{"key", "when"};
     known.insert(known.end(), forms.begin(), forms.end());
     std::string form;
@@ -86,10 +87,11 @@ class Reader {
       form = key;
     }
     const TomlNode *key = node.find("key"), *points = form.empty() ? nullptr : node.find(form);
-    if (!points) return issues_.add({path, "says no values", "values = [...], range = { from, to, step }, log_range = { from, to, count }, or zip = { key = [...], ... }", node.place});
-    if (form == "zip") {
-      if (key) issues_.add({path + ".key", "has no effect with zip, which names its keys", "remove it", key->key_place});
-      add_zip(path + ".zip", *points, axis);
+    if (!points) return issues_.add({path, "says no values", "values = [...], range = { from, to, step }, log_range = { from, to, count }, zip = { key = [...], ... }, or patterns = [...]", node.place});
+    if (form == "zip" || form == "patterns") {
+      if (key) issues_.add({path + ".key", fmt::format("has no effect with {}, which says its keys", form), "remove it", key->key_place});
+      if (form == "zip") add_zip(path + ".zip", *points, axis);
+      else add_patterns(path + ".patterns", *points, axis);
     } else {
       const auto* name = key && key->kind == Kind::kValue ? std::get_if<std::string>(&key->value) : nullptr;
       if (!name || name->empty()) return issues_.add({path + ".key", "must be the name of a key", "key = \"optimizer.lr\"", key ? key->place : node.place});
@@ -125,6 +127,18 @@ class Reader {
         continue;
       }
       for (size_t i = 0; i < texts.size(); ++i) axis.points[i].push_back({key, texts[i]});
+    }
+  }
+
+  void add_patterns(const std::string& path, const TomlNode& node, SweepAxis& axis) {
+    const SweptPatterns patterns = read_patterns(path, node, issues_);
+    sweep_.notes.insert(sweep_.notes.end(), patterns.notes.begin(), patterns.notes.end());
+    axis.keys = {"model.hybrid_override_pattern"};
+    const bool dialects = std::any_of(patterns.list.begin(), patterns.list.end(), [](const SweptPattern& p) { return !p.dialect.empty(); });
+    if (dialects) axis.keys.emplace_back("model.dialect");
+    for (const SweptPattern& pattern : patterns.list) {
+      axis.points.push_back({{axis.keys[0], to_toml(Value(pattern.text))}});
+      if (!pattern.dialect.empty()) axis.points.back().push_back({"model.dialect", to_toml(Value(pattern.dialect))});
     }
   }
 

@@ -49,6 +49,7 @@ struct Sweep {
   std::optional<HalvingConfig> halving;
   std::vector<Setting> sets;  // [set]: on top of the base, for all trials
   std::vector<SweepAxis> axes;
+  std::vector<std::string> notes;  // of what was left out, for the user
   // Of the product of the axes and seeds, conditions left out of account.
   double most_trials() const;
 };

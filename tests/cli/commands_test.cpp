@@ -270,7 +270,7 @@ TEST_F(OnARun, InspectTellsOfTensorsAndLayers) {
   EXPECT_TRUE(alone.at("layers").empty());
   std::map<std::string, json> tensors;
   for (const json& tensor : alone.at("tensors")) tensors[tensor.at("name")] = tensor;
-  for (const char* name : {"embedding.weight", "layers.0.A_log", "layers.2.router.weight", "final_norm.weight"}) ASSERT_TRUE(tensors.contains(name)) << name;
+  for (const char* name : {"embedding.weight", "layers.0.A_log", "layers.2.gate.weight", "final_norm.weight"}) ASSERT_TRUE(tensors.contains(name)) << name;
   EXPECT_EQ(tensors["embedding.weight"].at("shape"), (json{256, 32}));
   EXPECT_NEAR(tensors["final_norm.weight"].at("mean").get<double>(), 1, 0.2);
   EXPECT_EQ(tensors["final_norm.weight"].at("not_finite"), 0);

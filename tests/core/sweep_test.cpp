@@ -70,6 +70,14 @@ TEST_F(SweepFile, ZippedKeysGoTogether) {
   EXPECT_EQ(points("[[axes]]\nzip = { \"a.x\" = [1, 2], \"b.y\" = [0.5, 0.25] }\n"), (Texts{"a.x=1 b.y=0.5", "a.x=2 b.y=0.25"}));
 }
 
+TEST_F(SweepFile, PatternsAreAnAxis) {
+  EXPECT_EQ(points("[[axes]]\npatterns = [\"M*\", { ratio = { M = 3, \"*\" = 1 }, layers = 4 }]\n[[axes]]\nkey = \"a.x\"\nvalues = [1, 2]\nwhen = { \"model.hybrid_override_pattern\" = \"M*\" }\n"),
+            (Texts{"model.hybrid_override_pattern=\"M*\" a.x=1", "model.hybrid_override_pattern=\"M*\" a.x=2", "model.hybrid_override_pattern=\"MM*M\""}));
+  EXPECT_EQ(points("[[axes]]\npatterns = [{ list = [\"M-\"], dialect = \"nemotron\" }, \"ME\"]\n"),
+            (Texts{"model.hybrid_override_pattern=\"M-\" model.dialect=\"nemotron\"", "model.hybrid_override_pattern=\"ME\""}));
+  EXPECT_NE(error("[[axes]]\npatterns = [\"M||\"]\n").find("s.toml:4:13: error: axes[0].patterns"), std::string::npos) << error("[[axes]]\npatterns = [\"M||\"]\n");
+}
+
 TEST_F(SweepFile, AnAxisMayHangOnAnEarlierOne) {
   EXPECT_EQ(points("[[axes]]\nkey = \"a.x\"\nvalues = [1, 2, 3]\n[[axes]]\nkey = \"b.y\"\nvalues = [\"p\", \"q\"]\nwhen = { \"a.x\" = [1, 3] }\n"),
             (Texts{"a.x=1 b.y=\"p\"", "a.x=1 b.y=\"q\"", "a.x=2", "a.x=3 b.y=\"p\"", "a.x=3 b.y=\"q\""}));
@@ -105,7 +113,7 @@ TEST_F(SweepFile, ATrialSetsAllThatItSays) {
 
 TEST_F(SweepFile, EveryMistakeIsTold) {
   EXPECT_EQ(error("[[axes]]\nkey = \"a.x\"\nvalues = []\n"), "s.toml:5:10: error: axes[0].values: is empty: the sweep would have no trials\nhelp: remove the axis, or name a value");
-  EXPECT_EQ(error("[[axes]]\nkey = \"a.x\"\n"), "s.toml:3:1: error: axes[0]: says no values\nhelp: values = [...], range = { from, to, step }, log_range = { from, to, count }, or zip = { key = [...], ... }");
+  EXPECT_EQ(error("[[axes]]\nkey = \"a.x\"\n"), "s.toml:3:1: error: axes[0]: says no values\nhelp: values = [...], range = { from, to, step }, log_range = { from, to, count }, zip = { key = [...], ... }, or patterns = [...]");
   EXPECT_EQ(error("[[axes]]\nkey = \"a.x\"\nvalues = [1]\nrange = { from = 1, to = 2, step = 1 }\n"), "s.toml:5:1: error: axes[0]: has both range and values\nhelp: one axis, one form");
   EXPECT_EQ(error("[[axes]]\nkey = \"a.x\"\nrange = { from = 1, to = 9, step = -1 }\n"), "s.toml:5:9: error: axes[0].range: never gets from 1 to 9 in steps of -1");
   EXPECT_EQ(error("[[axes]]\nkey = \"a.x\"\nrange = { from = 0, to = 1, step = 1e-9 }\n"), "s.toml:5:9: error: axes[0].range: has 1000000001 values, at most 100000");
