@@ -9,6 +9,7 @@
 #include <nlohmann/json.hpp>
 
 #include "cli/verbs.hpp"
+#include "plan/active.hpp"
 #include "plan/memory.hpp"
 #include "plan/traffic.hpp"
 
@@ -79,7 +80,7 @@ json traffic_json(const Traffic& traffic, const Mesh& mesh) {
 
 json to_json(const ModelPlan& plan, const Config& config, const Mesh& mesh, const LayoutCost& layout, const Documents& documents) {
   const Totals sum = totals(plan);
-  json out{{"pattern", plan.pattern.text}, {"dialect", plan.model.dialect}, {"totals", {{"elements", sum.elements}, {"tensors", sum.tensors}, {"trained", sum.trained}}}};
+  json out{{"pattern", plan.pattern.text}, {"dialect", plan.model.dialect}, {"totals", {{"elements", sum.elements}, {"tensors", sum.tensors}, {"trained", sum.trained}, {"active", static_cast<int64_t>(active_parameters(plan))}}}};
   for (const Binding& binding : config.bindings) out["legend"][std::string(1, binding.symbol)] = binding.name;
   out["layers"] = json::array();
   for (const LayerPlan& layer : plan.layers) out["layers"].push_back(layer_json(layer, mesh));
@@ -130,7 +131,8 @@ void print(const ModelPlan& plan, const Config& config, const Mesh& mesh, const 
       print_layers(set.layers);
     }
   const Totals sum = totals(plan);
-  fmt::print("\ntotal     {} elements in {} tensors (hub layout), {} trained\n\n", grouped(sum.elements), grouped(sum.tensors), grouped(sum.trained));
+  fmt::print("\ntotal     {} elements in {} tensors (hub layout), {} trained, {} of them active for a token\n\n", grouped(sum.elements), grouped(sum.tensors), grouped(sum.trained),
+             grouped(static_cast<int64_t>(active_parameters(plan))));
   const double n = static_cast<double>(num_tokens(documents));
   double all = 0;
   const auto rows = cost_rows(plan, documents);
