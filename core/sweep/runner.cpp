@@ -127,6 +127,9 @@ class SweepRun {
         auto found = registries.find(paths);
         if (found == registries.end()) found = registries.emplace(paths, Registry::load(Registry::search_paths(paths))).first;
         const Config config = load_config(sweep_.base, sets, found->second);
+        Issues issues;
+        check_config(config, make_mesh(config.parallelism, sweep_.config.ranks), issues);
+        issues.raise();
         entry.params = totals(make_plan(config)).trained;
         entry.steps = config.training.steps;
         ++legal;
