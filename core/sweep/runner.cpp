@@ -64,10 +64,15 @@ std::string last_error(const fs::path& log, int code) {
 
 class SweepRun {
  public:
-  SweepRun(const Sweep& sweep, const SweepOptions& options) : sweep_(sweep), options_(options) {}
+  SweepRun(Sweep sweep, const SweepOptions& options) : sweep_(std::move(sweep)), options_(options) {}
 
   int run() {
     refuse_too_many();
+    if (sweep_.match && !sweep_.match->target) {
+      std::vector<std::string> sets;
+      for (const Setting& set : sweep_.sets) sets.push_back(set.text());
+      sweep_.match->target = match_metric(sweep_.match->of, load(sets));
+    }
     for (const std::string& note : sweep_.notes) say("note: " + note);
     for (Trial& trial : make_trials(sweep_)) entries_.push_back({.trial = std::move(trial), .folder = {}});
     for (Entry& entry : entries_) entry.folder = trial_folder(sweep_, entry.trial);
@@ -115,18 +120,21 @@ class SweepRun {
     throw Error(ExitCode::kUsage, fmt::format("{}: error: the axes make {:.0f} trials", sweep_.file.string(), most), "--yes if that is meant; --dry-run lists them");
   }
 
+  Config load(const std::vector<std::string>& sets) {
+    const auto paths = plugin_paths(sweep_.base, sets);
+    auto found = registries_.find(paths);
+    if (found == registries_.end()) found = registries_.emplace(paths, Registry::load(Registry::search_paths(paths))).first;
+    return load_config(sweep_.base, sets, found->second);
+  }
+
   // Every configuration before any runs: where none is legal it is the sweep that is wrong, where some are not, those fail.
   void check_configurations() {
-    std::map<std::vector<std::string>, Registry> registries;
     std::optional<Error> first;
     int64_t legal = 0;
     for (Entry& entry : entries_) {
-      const auto sets = entry.trial.sets(sweep_);
       try {
-        const auto paths = plugin_paths(sweep_.base, sets);
-        auto found = registries.find(paths);
-        if (found == registries.end()) found = registries.emplace(paths, Registry::load(Registry::search_paths(paths))).first;
-        const Config config = load_config(sweep_.base, sets, found->second);
+        fit(sweep_, load(entry.trial.sets(sweep_)), entry.trial);
+        const Config config = load(entry.trial.sets(sweep_));
         Issues issues;
         check_config(config, make_mesh(config.parallelism, sweep_.config.ranks), issues);
         issues.raise();
@@ -314,6 +322,9 @@ class SweepRun {
     for (const SweepAxis& axis : sweep_.axes)
       for (const std::string& key : axis.keys)
         if (std::find(keys.begin(), keys.end(), key) == keys.end()) keys.push_back(key);
+    for (const Entry& entry : entries_)
+      for (const Setting& set : entry.trial.fitted)
+        if (std::find(keys.begin(), keys.end(), set.key) == keys.end()) keys.push_back(set.key);
     return keys;
   }
 
@@ -329,18 +340,22 @@ class SweepRun {
     std::vector<std::vector<std::string>> out{{"trial"}};
     out[0].insert(out[0].end(), keys.begin(), keys.end());
     const std::vector<std::string> figures{"step", "tokens", "loss", "val_loss", "val_accuracy"};
-    for (const char* name : {"seed", "state", "params"}) out[0].emplace_back(name);
+    for (const char* name : {"seed", "state", "params", "match"}) out[0].emplace_back(name);
     out[0].insert(out[0].end(), figures.begin(), figures.end());
     out[0].emplace_back("error");
     for (const Entry& entry : entries_) {
       std::vector<std::string> row{entry.trial.name};
       for (const std::string& key : keys) {
-        const auto set = std::find_if(entry.trial.settings.begin(), entry.trial.settings.end(), [&](const Setting& s) { return s.key == key; });
-        row.push_back(set == entry.trial.settings.end() ? "" : plain(set->value));
+        std::string value;
+        for (const auto* list : {&entry.trial.settings, &entry.trial.fitted})  // what is fitted goes over what an axis sets
+          for (const Setting& set : *list)
+            if (set.key == key) value = plain(set.value);
+        row.push_back(value);
       }
       row.push_back(entry.trial.seeded ? std::to_string(entry.trial.seed) : "");
       row.push_back(entry.state.state);
       row.push_back(std::to_string(entry.params));
+      row.push_back(entry.trial.match.empty() ? "" : fmt::format("{:+.2f} %", 100 * entry.trial.match_error));
       const json last = last_metrics(entry.folder);
       for (const std::string& key : figures) row.push_back(!last.contains(key) ? "" : last[key].is_number() ? last[key].dump() : "nan");
       row.push_back(entry.state.error.substr(0, entry.state.error.find('\n')));
@@ -403,8 +418,10 @@ class SweepRun {
     else
       for (const Entry& entry : entries_) {
         std::vector<std::string> sets;
-        for (const Setting& set : entry.trial.settings) sets.push_back(set.text());
-        fmt::print("{}  {}  {} parameters  {}\n", entry.trial.name, entry.state.state, entry.params, fmt::join(sets, " "));
+        for (const auto* list : {&entry.trial.settings, &entry.trial.fitted})
+          for (const Setting& set : *list) sets.push_back(set.text());
+        fmt::print("{}  {}  {} parameters  {}{}\n", entry.trial.name, entry.state.state, entry.params, fmt::join(sets, " "),
+                   !entry.state.error.empty() ? "  " + entry.state.error.substr(0, entry.state.error.find('\n')) : entry.trial.match.empty() ? "" : "  (" + entry.trial.match + ")");
       }
     return 0;
   }
@@ -435,8 +452,9 @@ class SweepRun {
     return 0;
   }
 
-  const Sweep& sweep_;
+  Sweep sweep_;
   SweepOptions options_;
+  std::map<std::vector<std::string>, Registry> registries_;  // by plugin paths; they outlive the configurations
   std::vector<Entry> entries_;
 };
 

@@ -25,7 +25,7 @@ class Reader {
   explicit Reader(const fs::path& file) : file_(file), root_(parse_toml(read_config_text(file), file.string())) {}
 
   Sweep read() {
-    const std::vector<std::string> known{"sweep", "set", "axes", "halving"};
+    const std::vector<std::string> known{"sweep", "set", "axes", "match", "halving"};
     for (const auto& [key, node] : root_.entries)
       if (std::find(known.begin(), known.end(), key) == known.end()) issues_.add({shorten(toml_key(key)), "unknown table", did_you_mean(key, known, "tables"), node.key_place});
     const TomlNode* own = table("sweep", true);
@@ -38,6 +38,9 @@ class Reader {
       require_fields("halving", halving, fields, halving->place, issues_);
       if (!std::is_sorted(sweep_.halving->rungs.begin(), sweep_.halving->rungs.end(), std::less_equal<>())) issues_.add({"halving.rungs", "must rise", "", halving->place});
     }
+    if (const TomlNode* match = table("match", false)) sweep_.match = read_match("match", *match, issues_);
+    if (own && (sweep_.config.lr_rule != "none") != (sweep_.config.lr_width > 0))
+      issues_.add({"sweep.lr_width", "goes with lr_rule, and lr_rule with it", "lr_rule = \"inverse_width\" and the hidden size for which optimizer.lr is meant", own->place});
     if (const TomlNode* sets = table("set", false)) add_sets("set", *sets, "", sweep_.sets);
     if (const TomlNode* axes = root_.find("axes"); axes && axes->kind == Kind::kTables)
       for (size_t i = 0; i < axes->entries.size(); ++i) add_axis(fmt::format("axes[{}]", i), axes->entries[i].node);
@@ -245,6 +248,8 @@ Schema<SweepConfig> sweep_schema() {
   s.field("seeds", &C::seeds, "values of training.seed; none: that of the base").range(0, 0x1p62);
   s.field("at_once", &C::at_once, "trials that run together on one machine, each with its share of the cores").range(1, 1024);
   s.field("ranks", &C::ranks, "processes of a trial, which [parallelism] divides").range(1, 1 << 16);
+  s.field("lr_rule", &C::lr_rule, "how optimizer.lr follows model.hidden_size from lr_width on: times lr_width / hidden_size, or the root of that").choices({"none", "inverse_width", "inverse_sqrt_width"}).source("arXiv:2203.03466 for inverse_width");
+  s.field("lr_width", &C::lr_width, "the hidden size for which optimizer.lr is meant").range(1);
   s.field("stop_above", &C::stop_above, "a trial ends as diverged when its loss exceeds this many times its first one; 0: never").range(0, 1e9);
   return s;
 }
@@ -269,11 +274,29 @@ Sweep read_sweep(const fs::path& file) { return Reader(file).read(); }
 std::vector<std::string> Trial::sets(const Sweep& sweep) const {
   std::vector<std::string> out;
   for (const Setting& set : sweep.sets) out.push_back(set.text());
-  for (const Setting& set : settings) out.push_back(set.text());
+  for (const auto* list : {&settings, &fitted})
+    for (const Setting& set : *list) out.push_back(set.text());
   if (seeded) out.push_back(fmt::format("training.seed={}", seed));
   out.push_back("run.name=" + to_toml(Value(name)));
   out.push_back("run.folder=" + to_toml(Value(trial_folder(sweep, *this).string())));
   return out;
+}
+
+void fit(const Sweep& sweep, const Config& config, Trial& trial) {
+  trial.fitted.clear();
+  if (sweep.match) {
+    const Match match = match_config(*sweep.match, config, *sweep.match->target);
+    trial.match = match.text;
+    trial.match_error = match.error();
+    if (!match.refusal.empty()) throw Error(ExitCode::kUsage, "match: " + match.refusal, "widen [match] tolerance, or bend a key with finer steps");
+    for (const auto& [key, value] : match.sets) trial.fitted.push_back({key, value});
+  }
+  if (sweep.config.lr_rule == "none") return;
+  int64_t width = config.model.hidden_size;
+  for (const Setting& set : trial.fitted)
+    if (set.key == "model.hidden_size") width = std::stoll(set.value);
+  const double ratio = static_cast<double>(sweep.config.lr_width) / static_cast<double>(width);
+  trial.fitted.push_back({"optimizer.lr", to_toml(Value(config.optimizer.lr * (sweep.config.lr_rule == "inverse_width" ? ratio : std::sqrt(ratio))))});
 }
 
 fs::path trial_folder(const Sweep& sweep, const Trial& trial) { return sweep.folder / "trials" / trial.name; }
@@ -325,6 +348,11 @@ std::vector<Trial> make_trials(const Sweep& sweep) {
       Fingerprint digest;
       for (const std::string& line : lines) digest.add(line), digest.add("\n");
       digest.add(static_cast<uint64_t>(sweep.config.ranks));
+      if (sweep.match) {
+        digest.add(fmt::format("match {} {} {}", sweep.match->of, sweep.match->target.value_or(0), sweep.match->tolerance));
+        for (const BendKey& bend : sweep.match->bend) digest.add(fmt::format("{} {} {} {}", bend.key, bend.multiple_of, bend.min, bend.max));
+      }
+      if (sweep.config.lr_width > 0) digest.add(fmt::format("lr {} {}", sweep.config.lr_rule, sweep.config.lr_width));
       for (const Setting& set : settings) trial.name += name_part(set) + "-";
       if (trial.name.size() > 80) trial.name.resize(80), trial.name += "-";
       if (trial.seeded) trial.name += fmt::format("s{}-", seed);

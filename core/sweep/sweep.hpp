@@ -6,6 +6,7 @@
 
 #include "config/config.hpp"
 #include "config/toml_tree.hpp"
+#include "sweep/match.hpp"
 
 namespace tessera {
 
@@ -31,6 +32,8 @@ struct SweepConfig {
   std::vector<int64_t> seeds;  // of training.seed; none: that of the base
   int64_t at_once = 1;         // trials that run together on one machine
   int64_t ranks = 1;           // processes of a trial
+  std::string lr_rule = "none";  // none, inverse_width, inverse_sqrt_width: how optimizer.lr follows model.hidden_size
+  int64_t lr_width = 0;        // the hidden size for which optimizer.lr is meant
   double stop_above = 0;       // ends a trial whose loss exceeds this many times its first one; 0: never
 };
 Schema<SweepConfig> sweep_schema();
@@ -47,6 +50,7 @@ struct Sweep {
   std::filesystem::path file, base, folder;
   SweepConfig config;
   std::optional<HalvingConfig> halving;
+  std::optional<MatchRule> match;  // sizes of every trial that bend, so that all cost the same
   std::vector<Setting> sets;  // [set]: on top of the base, for all trials
   std::vector<SweepAxis> axes;
   std::vector<std::string> notes;  // of what was left out, for the user
@@ -62,12 +66,18 @@ struct Trial {
   std::vector<Setting> settings;  // of the axes, in their order
   int64_t seed = 0;
   bool seeded = false;            // the sweep sets the seed
+  std::vector<Setting> fitted;    // what matching and the rule of the learning rate make of it
+  std::string match;              // how near it comes; empty without [match]
+  double match_error = 0;
   // All that it sets on top of the base, [set] and the seed included; the run's folder too.
   std::vector<std::string> sets(const Sweep& sweep) const;
 };
 std::filesystem::path trial_folder(const Sweep& sweep, const Trial& trial);
 
-// In the order of the axes, the seeds innermost. Throws Error(kUsage) where two points of the product are the same trial.
+// What the sizes of a trial become by [match] and lr_rule, whose configuration without them is `config`. Throws Error(kUsage) where no legal size is within the tolerance.
+void fit(const Sweep& sweep, const Config& config, Trial& trial);
+
+// In the order of the axes, the seeds innermost. [match] has its target by now. Throws Error(kUsage) where two points of the product are the same trial.
 std::vector<Trial> make_trials(const Sweep& sweep);
 
 }  // namespace tessera

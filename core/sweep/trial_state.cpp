@@ -39,7 +39,10 @@ TrialState read_trial_state(const fs::path& folder) {
 void write_trial_state(const fs::path& folder, const Trial& trial, const TrialState& state) {
   json sets = json::object();
   for (const Setting& set : trial.settings) sets[set.key] = set.value;
-  const json object{{"name", trial.name}, {"sets", sets}, {"seed", trial.seeded ? json(trial.seed) : json()}, {"state", state.state}, {"error", state.error}, {"machine", state.machine}};
+  json fitted = json::object();
+  for (const Setting& set : trial.fitted) fitted[set.key] = set.value;
+  const json match = trial.match.empty() ? json() : json{{"text", trial.match}, {"error", trial.match_error}};
+  const json object{{"name", trial.name}, {"sets", sets}, {"fitted", fitted}, {"match", match}, {"seed", trial.seeded ? json(trial.seed) : json()}, {"state", state.state}, {"error", state.error}, {"machine", state.machine}};
   make_folder(folder);
   write_file(folder / kFile, object.dump(1, ' ', false, json::error_handler_t::replace) + "\n");
 }

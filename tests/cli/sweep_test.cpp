@@ -204,6 +204,27 @@ TEST_F(SweepCommand, AFullDiskEndsItAndItGoesOn) {
   EXPECT_EQ(results("out"), results("whole"));
 }
 
+// Every pattern gets the base's parameters; one that cannot is refused.
+TEST_F(SweepCommand, TrialsAreMatched) {
+  write_sweep("out", "[match]\nof = \"params\"\nbend = { key = \"blocks.mlp.intermediate_size\" }\n[[axes]]\npatterns = [\"ME/E\", \"EE/E\", \"M/M\"]\n", "lr_rule = \"inverse_width\"\nlr_width = 64\n");
+  const Finished end = sweep();
+  EXPECT_EQ(end.code, 4) << end.err;
+  EXPECT_NE(end.err.find("1 of 3 trials failed"), std::string::npos) << end.err;
+  std::vector<double> params;
+  const nlohmann::json plan = nlohmann::json::parse(tessera({"plan", "tiny.toml", "--json"}).out);
+  const double target = plan["totals"]["trained"].get<double>();
+  for (const fs::path& trial : trials("out")) {
+    const auto told = nlohmann::json::parse(file_text(trial / "trial.json"));
+    if (told["state"] != "done") continue;
+    const auto own = nlohmann::json::parse(tessera({"plan", (trial / "config.toml").string(), "--json"}).out);
+    params.push_back(own["totals"]["trained"].get<double>());
+    EXPECT_NEAR(params.back(), target, 0.01 * target) << trial;
+    EXPECT_NEAR(told["match"]["error"].get<double>(), params.back() / target - 1, 1e-9);
+    EXPECT_EQ(told["fitted"]["optimizer.lr"], "0.02") << "1e-2 is meant for 64, the model has 32";
+  }
+  EXPECT_EQ(params.size(), 2u);
+}
+
 TEST_F(SweepCommand, WritesAJobArray) {
   write_sweep("out");
   const Finished shown = sweep({"--launcher", "slurm", "--dry-run"});

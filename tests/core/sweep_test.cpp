@@ -124,8 +124,8 @@ TEST_F(SweepFile, EveryMistakeIsTold) {
   EXPECT_EQ(error("[[axes]]\nkey = \"a.x\"\nvalues = [1]\n[[axes]]\nkey = \"a.x\"\nvalues = [2]\n"), "s.toml:6:1: error: a.x: is set by an axis and by an axis\nhelp: a key is set once");
   EXPECT_EQ(error("seeds = [1]\n[[axes]]\nkey = \"training.seed\"\nvalues = [1]\n"), "s.toml:4:1: error: training.seed: is set by [sweep] seeds\nhelp: remove one of the two");
   EXPECT_EQ(error("[[axes]]\nkey = \"run.folder\"\nvalues = [\"a\"]\n"), "s.toml:3:1: error: run.folder: is the sweep's own\nhelp: remove it: each trial has a folder below [sweep] folder");
-  EXPECT_EQ(error("[axis]\n"), "s.toml:3:2: error: axis: unknown table\nhelp: did you mean 'axes'? tables: sweep, set, axes, halving");
-  EXPECT_EQ(error("seed = 3\n"), "s.toml:3:1: error: sweep.seed: unknown key\nhelp: did you mean 'seeds'? keys: base, folder, seeds, at_once, ranks, stop_above");
+  EXPECT_EQ(error("[axis]\n"), "s.toml:3:2: error: axis: unknown table\nhelp: did you mean 'axes'? tables: sweep, set, axes, match, halving");
+  EXPECT_EQ(error("seed = 3\n"), "s.toml:3:1: error: sweep.seed: unknown key\nhelp: did you mean 'seeds'? keys: base, folder, seeds, at_once, ranks, lr_rule, lr_width, stop_above");
   EXPECT_EQ(error("[halving]\nrungs = [4, 4]\n"), "s.toml:3:1: error: halving.rungs: must rise");
 }
 
