@@ -22,6 +22,7 @@
 #include "metrics/machine.hpp"
 #include "metrics/metrics_file.hpp"
 #include "metrics/progress.hpp"
+#include "metrics/starts.hpp"
 #include "model/model.hpp"
 #include "parallel/agree.hpp"
 #include "parallel/rendezvous.hpp"
@@ -95,7 +96,7 @@ class Run {
     saver_ = std::make_unique<Saver>(config_, registry_, *store_, optimizer_.get(), config_.checkpoint.async_mode == "async");
     if (resume_from_) restore();
     else begin();
-    if (first()) write_file(folder_ / "config.toml", to_toml(config_));
+    if (first()) write_file(folder_ / "config.toml", to_toml(config_)), write_start();
     if (config_.validation.interval > 0) validation_ = validation_rows(dataset_, config_.training.seq_len, config_.validation.tokens);
     say_hello();
     return loop();
@@ -158,6 +159,12 @@ class Run {
     tokens_ = resume_from_->state.tokens;
     hf_ = resume_from_->state.hf;
     say(fmt::format("resuming {} at step {}", folder_.string(), step_));
+  }
+
+  void write_start() const {
+    json start = describe_start();
+    start.update({{"step", step_}, {"device", device_.str()}, {"dtype", dtype_name(dtype_)}, {"threads", at::get_num_threads()}, {"ranks", world_.size}});
+    append_start(folder_ / "starts.jsonl", start);
   }
 
   void say_hello() {
