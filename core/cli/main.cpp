@@ -43,7 +43,7 @@ int command(int argc, char** argv) {
   app.set_version_flag("--version", TESSERA_VERSION);
   app.require_subcommand(1);
   Run run;
-  for (auto add : {add_train, add_generate, add_eval, add_inspect, add_convert, add_verify, add_plan, add_bench, add_sweep, add_launch, add_plugins, add_new_plugin, add_test}) add(app, run);
+  for (auto add : {add_train, add_generate, add_eval, add_inspect, add_convert, add_verify, add_plan, add_bench, add_sweep, add_report, add_launch, add_plugins, add_new_plugin, add_test}) add(app, run);
   app.footer("In the source tree, `./tessera setup` and `./tessera test [FILTER] [--all]` set up, build and run the tests.");
   try {
     app.parse(argc, argv);

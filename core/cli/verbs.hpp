@@ -25,6 +25,7 @@ void add_verify(CLI::App& app, Run& run);
 void add_plan(CLI::App& app, Run& run);
 void add_bench(CLI::App& app, Run& run);
 void add_sweep(CLI::App& app, Run& run);
+void add_report(CLI::App& app, Run& run);
 void add_launch(CLI::App& app, Run& run);
 void add_plugins(CLI::App& app, Run& run);   // plugins, describe
 void add_new_plugin(CLI::App& app, Run& run);

@@ -4,6 +4,8 @@ find_package(Boost REQUIRED COMPONENTS filesystem)
 find_package(nlohmann_json REQUIRED)
 find_package(CLI11 REQUIRED)
 find_path(TESSERA_TOMLPP_INCLUDE toml++/toml.h REQUIRED)
+# Chart.js 3.9, which reports carry within them.
+find_file(TESSERA_CHART_JS chart.min.js PATHS ${CMAKE_PREFIX_PATH} /usr /usr/local PATH_SUFFIXES share/javascript/chart.js REQUIRED)
 if(TESSERA_TESTS)
   find_package(GTest REQUIRED)
 endif()

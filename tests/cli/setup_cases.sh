@@ -15,7 +15,7 @@ tool() { { echo '#!/bin/bash'; echo "echo \"$1 \$*\" >>\"\$BOX/calls\""; cat; } 
 mkdir -p "$bin" "$here"/{core,layers,plugins}
 touch "$here"/{CMakeLists.txt,CMakePresets.json,core/a.cpp,plugins/b.cpp} "$log"
 cp "$script" "$here/tessera"
-printf '%s\n' libboost-dev libboost-filesystem-dev libcli11-dev libtomlplusplus-dev nlohmann-json3-dev libgtest-dev libbenchmark-dev >"$box/installed"
+printf '%s\n' libboost-dev libboost-filesystem-dev libcli11-dev libtomlplusplus-dev nlohmann-json3-dev libgtest-dev libbenchmark-dev libjs-chart.js >"$box/installed"
 tool ninja <<<''
 tool ccache <<<''
 tool 'c++' <<<'[ ! -e "$BOX/old_compiler" ]'

@@ -1,0 +1,11 @@
+# cmake -DOUT=FILE.cpp -DHEADER=... -DNAMESPACE=... -P embed.cmake NAME=FILE ...: files as constants of a source file.
+set(text "#include \"${HEADER}\"\n\nnamespace ${NAMESPACE} {\n")
+math(EXPR last "${CMAKE_ARGC} - 1")
+foreach(i RANGE ${last})
+  if(CMAKE_ARGV${i} MATCHES "^(k[A-Za-z]+)=(.+)$")
+    set(name "${CMAKE_MATCH_1}")
+    file(READ "${CMAKE_MATCH_2}" content)
+    string(APPEND text "const std::string_view ${name} = R\"embedded(${content})embedded\";\n")
+  endif()
+endforeach()
+file(WRITE "${OUT}" "${text}}  // namespace ${NAMESPACE}\n")
