@@ -247,4 +247,25 @@ at::Tensor cross_entropy_per_token(const at::Tensor& h_nd, const at::Tensor& lm_
   return run(h_nd.to(lm_head_vd.scalar_type()).contiguous(), lm_head_vd, targets_n.contiguous(), tensor, chunk_tokens, false, false).loss_n;
 }
 
+at::Tensor top_word_is(const at::Tensor& h_nd, const at::Tensor& lm_head_vd, const at::Tensor& targets_n, const Group* tensor, int64_t chunk_tokens) {
+  check(h_nd, lm_head_vd, targets_n, tensor);
+  at::AutoGradMode no_grad(false);
+  const auto V = lm_head_vd.size(0), first = tensor ? tensor->rank() * V : 0;
+  const auto rows_m = at::nonzero(targets_n.ge(0)).squeeze(1);  // as many on every rank
+  const auto h_md = h_nd.index_select(0, rows_m).to(lm_head_vd.scalar_type()), local_m1 = (targets_n.index_select(0, rows_m) - first).unsqueeze(1);
+  const auto hits_m = at::empty({rows_m.size(0)}, targets_n.options().dtype(at::kBool));
+  if (chunk_tokens <= 0) chunk_tokens = std::max<int64_t>(1, kLogitBytes / (V * static_cast<int64_t>(sizeof(float))));
+  for (int64_t row = 0; row < rows_m.size(0); row += chunk_tokens) {
+    const auto n = std::min(chunk_tokens, rows_m.size(0) - row);
+    const auto logits_cv = product(h_md.narrow(0, row, n), lm_head_vd.t()).to(at::kFloat), index_c1 = local_m1.narrow(0, row, n);
+    const auto held_c1 = index_c1.ge(0).logical_and(index_c1.lt(V));
+    const auto picked_c1 = at::where(held_c1, logits_cv.gather(1, index_c1.clamp(0, V - 1)), at::zeros({}, logits_cv.options()));
+    if (tensor) tensor->all_reduce(picked_c1);
+    const auto as_great_c = logits_cv.ge(picked_c1).sum({1}).to(at::kFloat);  // the target itself among them
+    if (tensor) tensor->all_reduce(as_great_c);
+    hits_m.narrow(0, row, n).copy_(as_great_c.eq(1));
+  }
+  return at::zeros({targets_n.size(0)}, hits_m.options()).index_copy_(0, rows_m, hits_m);
+}
+
 }  // namespace tessera

@@ -26,6 +26,10 @@ at::Tensor linear_cross_entropy(const at::Tensor& h_nd, const Weight& lm_head_vd
 at::Tensor cross_entropy_per_token(const at::Tensor& h_nd, const at::Tensor& lm_head_vd, const at::Tensor& targets_n, const Group* tensor = nullptr,
                                    int64_t chunk_tokens = 0);
 
+// Whether the target's logit is greater than every other word's -> bool [N], false where there is no target; on every rank of a group. No gradients.
+at::Tensor top_word_is(const at::Tensor& h_nd, const at::Tensor& lm_head_vd, const at::Tensor& targets_n, const Group* tensor = nullptr,
+                       int64_t chunk_tokens = 0);
+
 // The plain composition of linear_cross_entropy over all [N, V] logits, differentiable in any dtype.
 at::Tensor linear_cross_entropy_ref(const at::Tensor& h_nd, const at::Tensor& lm_head_vd, const at::Tensor& targets_n);
 

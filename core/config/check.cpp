@@ -6,6 +6,7 @@
 #include <fmt/format.h>
 
 #include "config/config.hpp"
+#include "data/tasks/task.hpp"
 
 namespace tessera {
 
@@ -118,6 +119,17 @@ void check_load(const CheckpointConfig& c, Issues& issues) {
     if (entry.find('=') == std::string::npos) issues.add("checkpoint.initial_load_map", fmt::format("each entry must be \"from=to\", got {}", shorten(to_toml(Value(entry)))));
 }
 
+// What a task asks of the other tables.
+void check_task_fits(const Config& c, const Known& known, Issues& issues) {
+  const Task* task = find_task(c.data.source);
+  if (!task || known.has_table("data")) return;
+  if (const int64_t ids = task->num_ids(c.data.task); c.model.vocab_size < ids && !known.has("model.vocab_size"))
+    issues.add("model.vocab_size", fmt::format("must hold the {} ids of data.source = \"{}\", got {}", ids, task->name, c.model.vocab_size), fmt::format("nearest: {}", ids));
+  if (const int64_t length = c.data.task.length, rest = c.training.seq_len % length; rest != 0 && !known.has("training.seq_len"))
+    issues.add("training.seq_len", fmt::format("rows must hold whole documents of data.task.length tokens, got {} % {} = {}", c.training.seq_len, length, rest),
+               fmt::format("nearest: {}{}", c.training.seq_len > length ? fmt::format("{}, ", c.training.seq_len - rest) : "", c.training.seq_len - rest + length));
+}
+
 int64_t num_layers(const Config& config, int64_t num_sets) {
   return static_cast<int64_t>(config.pattern.main.size() + config.pattern.head.size() * static_cast<size_t>(num_sets));
 }
@@ -185,6 +197,7 @@ void check_config(const Config& config, const Mesh& mesh, Issues& issues) {
   if (has_data(config) && !known.has_table("data")) {
     Issues own;
     check_data(config.data, own);
+    if (own.empty()) check_task_fits(config, known, issues);
     for (Issue issue : own.list()) {
       issue.key = "data." + issue.key;
       issues.add(std::move(issue));
@@ -234,6 +247,9 @@ std::string no_effect(const Config& c, const std::string& table, const std::stri
     return "has no effect with lr_scheduler.decay_type = \"constant\"";
   if (table == "activation_checkpoint" && key == "block_types" && c.activation_checkpoint.mode != "selective")
     return fmt::format("has no effect with activation_checkpoint.mode = {}", to_toml(Value(c.activation_checkpoint.mode)));
+  const Task* task = table == "data.task" ? find_task(c.data.source) : nullptr;
+  if (table == "data.task" && (!task || std::find(task->keys.begin(), task->keys.end(), key) == task->keys.end()))
+    return fmt::format("has no effect with data.source = {}", to_toml(Value(c.data.source)));
   if (table == "checkpoint" && key.starts_with("initial_load_") && key != "initial_load_path" && c.checkpoint.initial_load_path.empty())
     return "has no effect without checkpoint.initial_load_path";
   return {};

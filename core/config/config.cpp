@@ -75,7 +75,8 @@ class Loader {
 
   void check_top_level() {
     std::vector<std::string> known{"symbols", "blocks", "heads"};
-    for (const ConfigTable& table : config_tables()) known.push_back(table.name);
+    for (const ConfigTable& table : config_tables())
+      if (table.name.find('.') == std::string::npos) known.push_back(table.name);
     for (const auto& [key, node] : root_.entries) {
       if (std::find(known.begin(), known.end(), key) == known.end()) add(shorten(toml_key(key)), "unknown table", did_you_mean(key, known, "tables"), node.key_place);
       else if (node.kind != Kind::kTable) add(key, "must be a table, got " + node.describe(), fmt::format("[{}]", key), node.place);
@@ -83,7 +84,12 @@ class Loader {
   }
 
   const TomlNode* table(const std::string& name) const {
-    const TomlNode* node = root_.find(name);
+    const TomlNode* node = &root_;
+    for (size_t begin = 0; node && node->kind == Kind::kTable && begin <= name.size();) {
+      const size_t end = std::min(name.find('.', begin), name.size());
+      node = node->find(name.substr(begin, end - begin));
+      begin = end + 1;
+    }
     return node && node->kind == Kind::kTable ? node : nullptr;
   }
 
@@ -96,7 +102,7 @@ class Loader {
     const TomlNode* node = table(core.name);
     void* values = core.of(config_);
     if (node) {
-      read_fields(core.name, *node, core.fields, values, core.name == "data" ? std::vector<std::string>{"mixture"} : std::vector<std::string>{});
+      read_fields(core.name, *node, core.fields, values, core.name == "data" ? std::vector<std::string>{"mixture", "task"} : std::vector<std::string>{});
       for (const auto& [key, value] : node->entries)
         if (const std::string why = no_effect(config_, core.name, key); !why.empty()) add(core.name + "." + key, why, "remove it", value.key_place);
     }
@@ -105,6 +111,8 @@ class Loader {
 
   void read_mixture() {
     const TomlNode* data = table("data");
+    if (const TomlNode* task = data ? data->find("task") : nullptr; task && task->kind != Kind::kTable)
+      add("data.task", "must be a table, got " + task->describe(), "[data.task]", task->place);
     const TomlNode* list = data ? data->find("mixture") : nullptr;
     if (!list) return;
     if (list->kind != Kind::kTables) {

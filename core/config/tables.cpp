@@ -155,6 +155,7 @@ const std::vector<ConfigTable>& config_tables() {
       {"activation_checkpoint", "memory for time: layers that are recomputed in the backward pass", activation_checkpoint(),
        member<ActivationCheckpointConfig, &Config::activation_checkpoint>},
       {"data", "what is trained on", data_schema(), member<DataConfig, &Config::data>},
+      {"data.task", "the documents of a task", task_schema(), [](Config& config) -> void* { return &config.data.task; }},
       {"metrics", "what is written and how often", metrics(), member<MetricsConfig, &Config::metrics>},
       {"profiling", "a trace of some steps", profiling(), member<ProfilingConfig, &Config::profiling>},
       {"plugins", "where block types come from", plugins(), member<PluginsConfig, &Config::plugins>},

@@ -26,10 +26,11 @@ std::string to_toml(const Config& config) {
   std::string out;
   for (const ConfigTable& table : config_tables()) {
     if (table.name == "data" && !has_data(config)) continue;
-    out += fmt::format("{}[{}]\n", out.empty() ? "" : "\n", table.name);
     const void* values = table.of(const_cast<Config&>(config));
+    std::string lines;
     for (const Field& field : table.fields.list)
-      if (no_effect(config, table.name, field.key).empty()) out += fmt::format("{} = {}\n", toml_key(field.key), to_toml(field.get(values)));
+      if (no_effect(config, table.name, field.key).empty()) lines += fmt::format("{} = {}\n", toml_key(field.key), to_toml(field.get(values)));
+    if (!lines.empty()) out += fmt::format("{}[{}]\n{}", out.empty() ? "" : "\n", table.name, lines);
     if (table.name != "data") continue;
     for (const DataComponent& component : config.data.mixture) out += "\n[[data.mixture]]\n" + entries(data_component_schema(), &component);
   }

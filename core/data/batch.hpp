@@ -10,7 +10,7 @@ struct Batch {
   at::Tensor ids_n;        // int64 [N]
   Spans spans;             // in training each a whole document
   at::Tensor valid_n;      // bool [N], false at padding; undefined: all valid
-  at::Tensor loss_mask_n;  // bool [N], true where the id may be a target; undefined: all
+  at::Tensor targets_n;    // int64 [N], what is to be predicted at the token, -1: nothing; undefined: the next id of its document
   int64_t first_token = 0;  // of ids_n: its number in training's order, of all global batches end to end
 };
 

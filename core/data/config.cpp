@@ -2,13 +2,15 @@
 
 #include <fmt/format.h>
 
+#include "data/tasks/task.hpp"
+
 namespace tessera {
 
 namespace {
 
 template <class Config>
-void source_fields(Schema<Config>& schema, std::vector<std::string> kinds) {
-  schema.field("source", &Config::source, "Kind of the source: bytes (a file is a document, its bytes are the tokens), jsonl, megatron, random.")
+void source_fields(Schema<Config>& schema, std::vector<std::string> kinds, const std::string& also = "") {
+  schema.field("source", &Config::source, "Kind of the source: bytes (a file is a document, its bytes are the tokens), jsonl, megatron, random" + also + ".")
       .choices(std::move(kinds));
   schema.field("path", &Config::path,
                "bytes, jsonl: a file or a glob, ** for any folders; megatron: the files' common prefix. {libtorch} is libtorch's include folder.");
@@ -36,7 +38,9 @@ void check_source(const Config& config, const std::string& prefix, Issues& issue
 
 Schema<DataConfig> data_schema() {
   Schema<DataConfig> schema;
-  source_fields(schema, {"bytes", "jsonl", "megatron", "random", "mixture"});
+  std::vector<std::string> kinds{"bytes", "jsonl", "megatron", "random", "mixture"};
+  for (const Task& task : tasks()) kinds.push_back(task.name);
+  source_fields(schema, std::move(kinds), ", mixture; or a task, whose documents [data.task] describes");
   schema.field("validation_fraction", &DataConfig::validation_fraction, "Share of the documents that is held out for validation.").range(0, 0.5);
   schema.field("seed", &DataConfig::seed, "Of the order of documents, of the choice of held-out ones, and of random tokens.").range(0, 0x1p63);
   return schema;
@@ -57,6 +61,11 @@ void check_data(const DataConfig& config, Issues& issues) {
     issues.add("mixture", fmt::format("has no effect with source '{}', got {} tables", config.source, config.mixture.size()),
                "set source = \"mixture\"");
   for (size_t i = 0; i < config.mixture.size(); ++i) check_source(config.mixture[i], fmt::format("mixture[{}].", i), issues);
+  if (const Task* task = find_task(config.source)) {
+    Issues own;
+    check_task(*task, config.task, own);
+    for (const Issue& issue : own.list()) issues.add("task." + issue.key, issue.rule, issue.help);
+  }
 }
 
 }  // namespace tessera

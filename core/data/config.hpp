@@ -4,6 +4,7 @@
 #include <string>
 #include <vector>
 
+#include "data/tasks/config.hpp"
 #include "tessera/error.hpp"
 #include "tessera/schema.hpp"
 
@@ -27,12 +28,13 @@ struct DataConfig {
   double validation_fraction = 0.05;
   int64_t seed = 0;
   std::vector<DataComponent> mixture;  // no key of the schema: read from [[data.mixture]]
+  TaskConfig task;                     // nor is this: [data.task]
 };
 
 Schema<DataConfig> data_schema();
 Schema<DataComponent> data_component_schema();
 
-// Rules across keys. Issues are keyed "path", "document_len", "mixture", "mixture[1].path".
+// Rules across keys. Issues are keyed "path", "document_len", "mixture", "mixture[1].path", "task.length".
 void check_data(const DataConfig& config, Issues& issues);
 
 }  // namespace tessera

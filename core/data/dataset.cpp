@@ -8,6 +8,7 @@
 
 #include "data/glob.hpp"
 #include "data/hash.hpp"
+#include "data/tasks/task.hpp"
 #include "tessera/error.hpp"
 
 namespace tessera {
@@ -31,7 +32,9 @@ std::unique_ptr<Source> open_source(const Config& config, int64_t vocab_size, ui
 
 std::shared_ptr<const Dataset> Dataset::open(const DataConfig& config, int64_t vocab_size, const std::map<std::string, std::string>& placeholders) {
   std::vector<Component> components;
-  if (config.source != "mixture") {
+  if (const Task* task = find_task(config.source)) {
+    components.push_back({open_task(*task, config.task, training_sizes(*task, config.task), key(config.seed, kTokens, 0))});
+  } else if (config.source != "mixture") {
     components.push_back({open_source(config, vocab_size, key(config.seed, kTokens, 0), placeholders)});
   } else {
     for (size_t i = 0; i < config.mixture.size(); ++i)
@@ -73,6 +76,10 @@ void Dataset::read(size_t component, int64_t document, int64_t begin, std::span<
                 fmt::format("{}: token {} at position {} of {} must be in [0, {})", source.name(), *bad, begin + (bad - out.begin()),
                             source.document_name(document), vocab_size_),
                 "model.vocab_size is the number of ids; bytes need 256");
+}
+
+void Dataset::read_targets(size_t component, int64_t document, int64_t begin, std::span<Target> out) const {
+  components_[component].source->read_targets(document, begin, out);
 }
 
 std::string Dataset::hash() const {

@@ -35,6 +35,9 @@ class Dataset {
   // Reads tokens; an id outside [0, vocab_size) is Error(kRuntime) with source, document and position.
   void read(size_t component, int64_t document, int64_t begin, std::span<int64_t> out) const;
 
+  bool has_targets(size_t component) const { return components_[component].source->has_targets(); }
+  void read_targets(size_t component, int64_t document, int64_t begin, std::span<Target> out) const;
+
   int64_t vocab_size() const { return vocab_size_; }
   double validation_fraction() const { return validation_fraction_; }
   int64_t seed() const { return seed_; }

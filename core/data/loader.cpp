@@ -7,6 +7,7 @@
 #include <nlohmann/json.hpp>
 
 #include "data/hash.hpp"
+#include "data/tasks/task.hpp"
 #include "tessera/error.hpp"
 
 namespace tessera {
@@ -15,6 +16,7 @@ using nlohmann::json;
 namespace {
 
 constexpr const char* kPlace = "data position";
+constexpr uint64_t kBeyond = 4;  // a use of the seed, beside those of the dataset
 
 template <class... T>
 [[noreturn]] void fail(std::string help, fmt::format_string<T...> format, T&&... args) {
@@ -40,12 +42,13 @@ void expect_same(const json& object, const char* key, const T& now, const std::s
 }  // namespace
 
 int64_t Row::num_targets() const {
+  if (!targets.empty()) return std::count_if(targets.begin(), targets.end(), [](const Target& target) { return target.id >= 0; });
   int64_t count = 0;
   for (const int64_t length : lengths) count += length - 1;
   return count;
 }
 
-Batch assemble(std::span<const Row> rows) {
+Batch assemble(std::span<const Row> rows, at::Device device) {
   std::vector<int64_t> lengths;
   int64_t num_tokens = 0;
   for (const Row& row : rows) {
@@ -57,6 +60,12 @@ Batch assemble(std::span<const Row> rows) {
   batch.spans = Spans::documents(lengths);
   int64_t* out = batch.ids_n.mutable_data_ptr<int64_t>();
   for (const Row& row : rows) out = std::copy(row.ids.begin(), row.ids.end(), out);
+  batch.ids_n = batch.ids_n.to(device);
+  if (rows.empty() || rows[0].targets.empty()) return batch;
+  batch.targets_n = at::empty({num_tokens}, at::kLong);
+  out = batch.targets_n.mutable_data_ptr<int64_t>();
+  for (const Row& row : rows) out = std::transform(row.targets.begin(), row.targets.end(), out, [](const Target& target) { return target.id; });
+  batch.targets_n = batch.targets_n.to(device);
   return batch;
 }
 
@@ -115,6 +124,10 @@ Row Loader::next_row(bool read) {
     if (read) {
       const auto out = std::span(row.ids).subspan(static_cast<size_t>(filled), static_cast<size_t>(count));
       dataset_->read(c, piece_.document, piece_.begin + offset_, out);
+      if (dataset_->has_targets(c)) {
+        row.targets.resize(static_cast<size_t>(filled + count));
+        dataset_->read_targets(c, piece_.document, piece_.begin + offset_, std::span(row.targets).subspan(static_cast<size_t>(filled)));
+      }
     }
     row.lengths.push_back(count);
     filled += count;
@@ -188,6 +201,22 @@ void Loader::restore(const json& state) {
   }
   cursors_ = std::move(cursors);
   current_ = current, piece_ = piece, offset_ = offset;
+}
+
+std::vector<std::vector<Row>> beyond_rows(const DataConfig& config, int64_t tokens) {
+  std::vector<std::vector<Row>> all;
+  const Task* task = find_task(config.source);
+  for (const TaskSize& size : task ? eval_sizes(*task, config.task) : std::vector<TaskSize>{}) {
+    const auto source = open_task(*task, config.task, {size}, mix(static_cast<uint64_t>(config.seed), kBeyond));
+    const auto length = static_cast<size_t>(size.length);
+    std::vector<Row>& rows = all.emplace_back();
+    for (int64_t document = 0; document * size.length < tokens; ++document) {
+      Row& row = rows.emplace_back(Row{.ids = std::vector<int64_t>(length), .lengths = {size.length}, .targets = std::vector<Target>(length)});
+      source->read(document, 0, row.ids);
+      source->read_targets(document, 0, row.targets);
+    }
+  }
+  return all;
 }
 
 std::vector<Row> validation_rows(std::shared_ptr<const Dataset> dataset, int64_t seq_len, int64_t tokens) {

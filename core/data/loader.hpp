@@ -16,12 +16,13 @@ namespace tessera {
 struct Row {
   std::vector<int64_t> ids;      // empty where the row was passed over
   std::vector<int64_t> lengths;  // of its parts, each a stretch of one document of at least 1 token; they sum to seq_len
-  // Tokens whose successor lies in the same part: the targets of the next-token loss.
+  std::vector<Target> targets;   // as many as ids, where a source says what they are; else empty
+  // What is to be predicted: where no source says it, tokens whose successor lies in the same part.
   int64_t num_targets() const;
 };
 
-// The rows end to end, on the CPU; every part is a document of the spans.
-Batch assemble(std::span<const Row> rows);
+// The rows end to end; every part is a document of the spans.
+Batch assemble(std::span<const Row> rows, at::Device device = at::kCPU);
 
 // The training stream: the pieces of the training documents (see Pieces) in the shuffled order of each epoch, end to end. It depends on the dataset and
 // on seq_len, not on ranks or micro-batches: a rank asks for all rows of a global batch and reads its own. Over a mixture, the next piece comes from
@@ -63,6 +64,10 @@ class Loader {
   Piece piece_{};
   int64_t offset_ = 0;  // tokens of the piece that are in rows already
 };
+
+// For each size of a task's documents beyond those of training (see eval_sizes): documents of it, a row each, of at least `tokens` tokens together.
+// None where the source is no task.
+std::vector<std::vector<Row>> beyond_rows(const DataConfig& config, int64_t tokens);
 
 // Rows of held-out documents, the same every time: as many full rows as fit into `tokens` (at least one), each document at most once. Where the
 // held-out documents do not fill one row, a single shorter row. Throws Error(kRuntime) when no document can be held out.

@@ -7,6 +7,12 @@
 
 namespace tessera {
 
+// What is to be predicted at a token.
+struct Target {
+  int64_t id = -1;    // -1: nothing
+  int64_t group = 0;  // that its accuracy is counted in
+};
+
 // Documents may be empty. Content does not change while a source is open; a file that does change is an error when it is read.
 // Used by one thread at a time.
 class Source {
@@ -17,6 +23,10 @@ class Source {
   virtual int64_t document_len(int64_t document) const = 0;  // tokens
   // Tokens [begin, begin + out.size()) of a document, which must lie in it. The ids are as stored: the caller checks them.
   virtual void read(int64_t document, int64_t begin, std::span<int64_t> out) const = 0;
+  // Whether it says itself what is to be predicted. Else that is the next token everywhere.
+  virtual bool has_targets() const { return false; }
+  // Of tokens [begin, begin + out.size()), where it has targets.
+  virtual void read_targets(int64_t /*document*/, int64_t /*begin*/, std::span<Target> /*out*/) const {}
   // "text/a.txt", "a.jsonl:12", "corpus.bin document 3".
   virtual std::string document_name(int64_t document) const = 0;
   // The source for messages: "bytes 'text/**'".

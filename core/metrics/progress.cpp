@@ -45,6 +45,7 @@ std::string progress_line(const Progress& p) {
   const int width = static_cast<int>(std::to_string(p.steps).size());
   std::string line = fmt::format("step {:>{}}/{}  loss {:.4f}", p.step, width, p.steps, p.loss);
   if (p.val_loss) line += fmt::format("  val {:.4f}", *p.val_loss);
+  if (p.val_accuracy) line += fmt::format(" ({:.1f} % right)", 100 * *p.val_accuracy);
   line += fmt::format("  norm {:.3g}  {}tok/s  {}FLOP/s", p.grad_norm, format_si(p.tokens_per_s), format_si(p.flops_per_s));
   if (p.peak_share > 0) line += fmt::format(" ({:.0f} %)", 100 * p.peak_share);
   return line + fmt::format("  {}  {} left", format_bytes(p.memory_bytes), format_duration(p.seconds_left));

@@ -9,7 +9,7 @@ namespace tessera {
 struct Progress {
   int64_t step = 0, steps = 0;
   double loss = 0;                 // nats
-  std::optional<double> val_loss;  // where it was measured
+  std::optional<double> val_loss, val_accuracy;  // where they were measured
   double grad_norm = 0;
   double tokens_per_s = 0, flops_per_s = 0;
   double peak_share = 0;           // of this machine's measured matrix peak; 0: not known

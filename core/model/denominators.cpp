@@ -1,7 +1,6 @@
 #include "model/denominators.hpp"
 
 #include <ATen/ops/logical_and.h>
-#include <ATen/ops/logical_not.h>
 #include <ATen/ops/roll.h>
 #include <ATen/ops/scalar_tensor.h>
 #include <ATen/ops/where.h>
@@ -23,9 +22,10 @@ Denominators& Denominators::operator+=(const Denominators& other) {
 
 PassInputs pass_inputs(const Batch& batch, int64_t shift, int64_t offset) {
   PassInputs in;
-  in.targets_n = next_targets(batch.ids_n, batch.loss_mask_n.defined() ? at::logical_not(batch.loss_mask_n) : at::Tensor(), batch.spans, offset);
+  const bool given = batch.targets_n.defined();  // at the token that predicts, one before what follows it
+  in.targets_n = given ? shift_ids(batch.targets_n, batch.spans, offset - 1, -1) : next_targets(batch.ids_n, {}, batch.spans, offset);
   if (batch.valid_n.defined()) {  // padding predicts nothing and is no target
-    at::Tensor ahead = at::roll(batch.valid_n, {-offset}, {0});
+    at::Tensor ahead = at::roll(batch.valid_n, {given ? 1 - offset : -offset}, {0});
     in.targets_n = at::where(at::logical_and(batch.valid_n, ahead), in.targets_n, at::scalar_tensor(-1, in.targets_n.options()));
   }
   in.valid_n = shift ? valid_after_shift(batch.valid_n, batch.spans, shift, batch.ids_n.device()) : batch.valid_n;

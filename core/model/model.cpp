@@ -354,10 +354,13 @@ std::vector<at::Tensor> Model::head_logits(const Batch& batch, const at::Tensor&
   return out;
 }
 
-at::Tensor Model::token_losses(const MicroBatchPtr& micro, const at::Tensor& x_nd) {
+TokenScores Model::token_scores(const MicroBatchPtr& micro, const at::Tensor& x_nd, bool hits) {
   const Weights output = store_->gather(kOutputUnit);
   const at::Tensor targets_n = micro->tokens.pieces_of(pass_inputs(*micro->batch, 0, 1).targets_n);
-  return cross_entropy_per_token(micro->tokens.gather_pieces(final_norm(output, x_nd)), lm_head(output), targets_n, tensor_group());
+  const at::Tensor hidden_nd = micro->tokens.gather_pieces(final_norm(output, x_nd)), lm_head_vd = lm_head(output);
+  TokenScores scores{.losses_n = cross_entropy_per_token(hidden_nd, lm_head_vd, targets_n, tensor_group())};
+  if (hits) scores.hits_n = top_word_is(hidden_nd, lm_head_vd, targets_n, tensor_group());
+  return scores;
 }
 
 at::Tensor Model::token_losses(const Batch& batch) {
@@ -365,7 +368,7 @@ at::Tensor Model::token_losses(const Batch& batch) {
   const MicroBatchPtr micro = micro_batch(batch, {}, false);
   at::Tensor x_nd = embed(micro);
   for (int64_t stage = 0; stage < plan_->num_stages; ++stage) x_nd = run_stage(micro, stage, x_nd);
-  return token_losses(micro, x_nd);
+  return token_scores(micro, x_nd, /*hits=*/false).losses_n;
 }
 
 LayerCounts Model::take_counts() { return std::exchange(counts_, {}); }

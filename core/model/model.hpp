@@ -31,6 +31,12 @@ struct LossResult {
 // Statistics that blocks counted (Context::count), by layer prefix and name; summed over micro-batches until taken.
 using LayerCounts = std::map<std::string, Counts>;
 
+// Of tokens, without gradients.
+struct TokenScores {
+  at::Tensor losses_n;  // fp32 [N]: cross-entropy of what is to be predicted, 0 where nothing is
+  at::Tensor hits_n;    // bool [N]: it has the greatest logit, no other word as great; undefined where not asked for
+};
+
 // One micro-batch on its way through this rank's stages.
 struct MicroBatch {
   const Batch* batch;              // whole, also where this rank works on a part of its tokens; outlives the backward pass
@@ -71,11 +77,11 @@ class Model {
   at::Tensor logits(const at::Tensor& hidden_nd);
   // Logits of the head's passes for whole documents, fp32 [N, V] each. Grad mode as the caller's.
   std::vector<at::Tensor> head_logits(const Batch& batch, const at::Tensor& hidden_nd);
-  // Cross-entropy of every position's next token, fp32 [N], 0 where it has no target.
+  // TokenScores::losses_n.
   at::Tensor token_losses(const Batch& batch);
 
-  // The same two from what the last stage gives: losses of this rank's pieces, hidden states of the whole micro-batch.
-  at::Tensor token_losses(const MicroBatchPtr& micro, const at::Tensor& x_nd);
+  // From what the last stage gives: scores of this rank's pieces, hidden states of the whole micro-batch.
+  TokenScores token_scores(const MicroBatchPtr& micro, const at::Tensor& x_nd, bool hits);
   at::Tensor hidden(const MicroBatchPtr& micro, const at::Tensor& x_nd);
 
   // What was counted since the last call.

@@ -148,10 +148,10 @@ at::Tensor run_stages(Model& model, const MicroBatchPtr& micro, const Observer& 
 
 }  // namespace
 
-at::Tensor stage_by_stage(Model& model, const MicroBatchPtr& micro) {
+TokenScores scores_by_stage(Model& model, const MicroBatchPtr& micro, bool hits) {
   const at::NoGradGuard no_grad;
   const at::Tensor x_nd = run_stages(model, micro, {});
-  return x_nd.defined() ? model.token_losses(micro, x_nd) : x_nd;
+  return x_nd.defined() ? model.token_scores(micro, x_nd, hits) : TokenScores{};
 }
 
 at::Tensor hidden_by_stage(Model& model, const Batch& batch, DecodeState* state, const Observer& observer) {

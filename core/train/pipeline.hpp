@@ -11,8 +11,8 @@ namespace tessera {
 // Forward and backward over the micro-batches of this data rank by the schedule; `result` gets what each one reports on this rank.
 void run_pipeline(Model& model, const std::vector<Batch>& micro_batches, const Denominators& over, const std::function<void(const LossResult&)>& result);
 
-// Cross-entropy of every position's next token over this rank's pieces, fp32 [P], where the last stage lies; undefined on the others. No gradients.
-at::Tensor stage_by_stage(Model& model, const MicroBatchPtr& micro);
+// Of this rank's pieces, where the last stage lies; undefined on the others.
+TokenScores scores_by_stage(Model& model, const MicroBatchPtr& micro, bool hits);
 // Model::hidden over pipeline ranks: the result where the last stage lies, undefined on the others; the observer sees the layers of this rank.
 at::Tensor hidden_by_stage(Model& model, const Batch& batch, DecodeState* state = nullptr, const Observer& observer = {});
 

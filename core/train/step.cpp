@@ -127,8 +127,7 @@ std::vector<Batch> micro_batches(std::span<const Row> rows, int64_t local_batch_
   std::vector<Batch> out;
   const auto local = static_cast<size_t>(local_batch_size);
   for (size_t first = 0; first < rows.size(); first += local) {
-    out.push_back(assemble(rows.subspan(first, std::min(local, rows.size() - first))));
-    out.back().ids_n = out.back().ids_n.to(device);
+    out.push_back(assemble(rows.subspan(first, std::min(local, rows.size() - first)), device));
     out.back().first_token = first_token;
     first_token += out.back().ids_n.numel();
   }

@@ -97,7 +97,7 @@ class Run {
     if (resume_from_) restore();
     else begin();
     if (first()) write_file(folder_ / "config.toml", to_toml(config_)), write_start();
-    if (config_.validation.interval > 0) validation_ = validation_rows(dataset_, config_.training.seq_len, config_.validation.tokens);
+    if (config_.validation.interval > 0) validation_ = open_validation(dataset_, config_.data, config_.training.seq_len, config_.validation.tokens);
     say_hello();
     return loop();
   }
@@ -225,7 +225,7 @@ class Run {
       const int64_t detail = config_.metrics.detail_interval;
       if (detail > 0 && step_ % detail == 0) add_details(line, result, batches);
       const bool last = step_ == config_.training.steps;
-      if (!validation_.empty() && (step_ % config_.validation.interval == 0 || last || step_ == options_.until)) line["val_loss"] = validation_loss(*model_, validation_, config_.training.local_batch_size);
+      if (validation_ && (step_ % config_.validation.interval == 0 || last || step_ == options_.until)) add_validation(line);
       write(step_, [&] {
         if (metrics_) metrics_->write(line);
         if (!events) return;
@@ -297,6 +297,14 @@ class Run {
                                  : fmt::format("the last good checkpoint is {}; go on from it with --resume and a lower --set optimizer.lr=...", complete.back().string()));
   }
 
+  void add_validation(json& line) {
+    const Evaluation held_out = evaluate(*model_, *validation_, config_.training.local_batch_size);
+    line["val_loss"] = held_out.loss;
+    if (!held_out.accuracy) return;
+    line["val_accuracy"] = *held_out.accuracy;
+    for (const GroupAccuracy& group : held_out.by_group) line["val_accuracy_by"][fmt::format("{} {}", validation_->axis, group.group)] = group.accuracy();
+  }
+
   // Expert load and imbalance of every layer that counts, and the residual stream's RMS by layer.
   void add_details(json& line, const StepResult& result, const std::vector<Batch>& batches) {
     json details = json::object();
@@ -331,6 +339,7 @@ class Run {
     p.steps = config_.training.steps;
     p.loss = line["loss"].get<double>();
     if (line.contains("val_loss")) p.val_loss = line["val_loss"].get<double>();
+    if (line.contains("val_accuracy")) p.val_accuracy = line["val_accuracy"].get<double>();
     p.grad_norm = line["grad_norm"].get<double>();
     p.tokens_per_s = line["tokens_per_s"].get<double>();
     p.flops_per_s = line["flops_per_s"].get<double>();
@@ -397,7 +406,7 @@ class Run {
   std::shared_ptr<const Dataset> dataset_;
   std::unique_ptr<Loader> loader_;
   std::unique_ptr<Model> model_;
-  std::vector<Row> validation_;
+  std::optional<Validation> validation_;
   json hf_;
   std::optional<MetricsFile> metrics_;
   int64_t step_ = 0, tokens_ = 0;

@@ -51,7 +51,7 @@ TEST(Describe, NoSuchName) {
     EXPECT_EQ(error.code(), ExitCode::kUsage);
     EXPECT_STREQ(error.what(), "error: no block, head or table \"scann\"\n"
                                "help: did you mean 'scan'? types: attn, dense, experts, latent_experts, scan, ahead; tables: run, model, training, validation, optimizer, "
-                               "lr_scheduler, activation_checkpoint, data, metrics, profiling, plugins, parallelism, checkpoint");
+                               "lr_scheduler, activation_checkpoint, data, data.task, metrics, profiling, plugins, parallelism, checkpoint");
   }
 }
 

@@ -5,7 +5,7 @@
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/log_softmax.h>
 #include <ATen/ops/ones.h>
-#include <ATen/ops/zeros.h>
+#include <ATen/ops/full.h>
 
 #include "tests/support/compare.hpp"
 #include "tests/support/directional.hpp"
@@ -108,12 +108,12 @@ TEST(Model, PaddingMovesNothing) {
   for (const std::string& name : parameter_names(plain.plan)) EXPECT_TRUE(close(padded.store.gradient(name), plain.store.gradient(name), limit)) << name;
 }
 
-TEST(Model, MaskedTargetsAreLeftOut) {
+TEST(Model, GivenTargetsAreWhatIsPredicted) {
   Built built(text("ME", ""));
   Batch batch = random_batch({20}, kVocab);
   const at::Tensor by_token = built.model.token_losses(batch);
-  batch.loss_mask_n = at::zeros({20}, at::kBool);
-  batch.loss_mask_n.narrow(0, 5, 3).fill_(true);
+  batch.targets_n = at::full({20}, -1, at::kLong);
+  batch.targets_n.narrow(0, 4, 3).copy_(batch.ids_n.narrow(0, 5, 3));
   EXPECT_EQ(denominators(built.plan, batch).targets, std::vector<double>{3});
   EXPECT_NEAR(loss(built, batch).main.item<double>(), by_token.narrow(0, 4, 3).mean().item<double>(), tolerance(at::kFloat, Op::kReduction) * 4);
 }
