@@ -186,6 +186,7 @@ const std::vector<Measure>& measures() {
       {"val_accuracy", "validation accuracy", true, [](const RunData& run) { return newest(run, "val_accuracy"); }},
       {"loss", "training loss, last 10 steps", false, last_losses},
       {"params", "parameters", false, [](const RunData& run) { return run.params; }},
+      {"active_params", "parameters that a token passes", false, [](const RunData& run) { return run.active_params; }},
       {"flops_per_token", "training FLOPs a token", false, [](const RunData& run) { return run.flops_per_token; }},
       {"tokens", "tokens", false, [](const RunData& run) { return newest(run, "tokens"); }},
       {"flops", "FLOPs", false, [](const RunData& run) { return last_of(spent_flops(run)); }},

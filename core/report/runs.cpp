@@ -9,6 +9,7 @@
 #include "checkpoint/file.hpp"
 #include "config/config.hpp"
 #include "config/toml_tree.hpp"
+#include "plan/active.hpp"
 #include "plan/memory.hpp"
 #include "plan/plan.hpp"
 
@@ -116,7 +117,7 @@ class Reader {
     RunData run;
     run.folder = printable(folder.string());
     run.name = printable(fs::weakly_canonical(folder).filename().string());
-    run.params = run.flops_per_token = kNan;
+    run.params = run.active_params = run.flops_per_token = kNan;
     read_config(folder / "config.toml", run);
     read_metrics(folder, run);
     read_trial(folder / "trial.json", run);
@@ -164,6 +165,7 @@ class Reader {
     for (const Param& param : plan.embedding) run.elements["embedding"] += static_cast<double>(num_elements(param.shape));
     for (const Param& param : plan.output) run.elements["output"] += static_cast<double>(num_elements(param.shape));
     run.params = static_cast<double>(totals(plan).trained);
+    run.active_params = active_parameters(plan);
     const Documents documents{{.length = config.training.seq_len, .count = 1}};
     run.flops_per_token = 0;
     for (const CostRow& row : cost_rows(plan, documents)) run.flops_per_token += 3 * row.cost.flops() / static_cast<double>(config.training.seq_len);

@@ -45,7 +45,7 @@ struct RunData {
   std::map<std::string, std::string> keys;  // of the configuration, or of trial.json where there is none: "model.hidden_size" -> "64", strings without quotes
   std::vector<std::string> notes;    // what is wrong with it, in sentences
   std::vector<StackCell> stack;
-  double params = 0, flops_per_token = 0;  // from the plan; NaN where the configuration could not be read. Training FLOPs: 3 x forward
+  double params = 0, active_params = 0, flops_per_token = 0;  // from the plan; NaN where the configuration could not be read. Training FLOPs: 3 x forward
   std::map<std::string, double> elements;  // trained parameters by block, embedding and output
   std::map<std::string, double> memory;    // planned bytes of a rank: parameters, gradients, ...
   Metrics metrics;

@@ -14,7 +14,7 @@ struct Measure {
   bool more_is_better = false;
   double (*of)(const RunData& run);  // NaN where the run does not say
 };
-// val_loss, val_accuracy, loss, params, flops_per_token, tokens, flops, seconds, tokens_per_s, peak_bytes.
+// val_loss, val_accuracy, loss, params, active_params, flops_per_token, tokens, flops, seconds, tokens_per_s, peak_bytes.
 const std::vector<Measure>& measures();
 
 // A sample's mean with the half width of its 95 % confidence interval by Student's t: NaN below two values. NaN values are left out; n counts the rest.

@@ -123,11 +123,11 @@ TEST_F(ReportFolderTest, TablesToTheByte) {
   std::string csv = to_csv(c), folder = folder_.string() + "/";
   for (size_t at; (at = csv.find(folder)) != std::string::npos;) csv.erase(at, folder.size());
   EXPECT_EQ(csv,
-            "group,run,folder,state,seed,model.hybrid_override_pattern,val_loss,val_accuracy,loss,params,flops_per_token,tokens,flops,seconds,tokens_per_s,peak_bytes,"
+            "group,run,folder,state,seed,model.hybrid_override_pattern,val_loss,val_accuracy,loss,params,active_params,flops_per_token,tokens,flops,seconds,tokens_per_s,peak_bytes,"
             "val_accuracy_by pairs 4,val_accuracy_by pairs 16,version,host,cpu,device,dtype,error\r\n"
-            "MM,a0,a0,done,0,MM,2.5,,3,,,20,,,,,1,0.5,1,h,\"c, \"\"fast\"\"\",cpu,float32,\r\n"
-            "MM,a1,a1,done,1,MM,3.5,,4,,,20,,,,,1,0.25,1,h,\"c, \"\"fast\"\"\",cpu,float32,\r\n"
-            "M*|M,b,b,done,0,M*|M,1.25,,2.5,,,20,,,,,,,1,h,\"c, \"\"fast\"\"\",cpu,float32,\r\n");
+            "MM,a0,a0,done,0,MM,2.5,,3,,,,20,,,,,1,0.5,1,h,\"c, \"\"fast\"\"\",cpu,float32,\r\n"
+            "MM,a1,a1,done,1,MM,3.5,,4,,,,20,,,,,1,0.25,1,h,\"c, \"\"fast\"\"\",cpu,float32,\r\n"
+            "M*|M,b,b,done,0,M*|M,1.25,,2.5,,,,20,,,,,,,1,h,\"c, \"\"fast\"\"\",cpu,float32,\r\n");
   const std::string markdown = to_markdown(c);
   EXPECT_EQ(markdown.substr(0, markdown.find('\n')), "# Report of 3 runs");
   EXPECT_EQ(markdown.substr(markdown.find("\n| model")),
