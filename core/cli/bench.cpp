@@ -153,7 +153,7 @@ void add_bench(CLI::App& app, Run& run) {
   verb->callback([o, &run] {
     run = [o] {
       if (!o->compared.empty()) return print_comparison(o->compared, o->json);
-      if (o->configs.empty()) throw Error(ExitCode::kUsage, "bench: CONFIG is required", "tessera bench CONFIG..., or --compare A.json B.json");
+      if (o->configs.empty()) throw Error(ExitCode::kUsage, "CONFIG is required", "tessera --help lists the verbs, tessera VERB --help their options");
       return over_ranks(o->mesh, [&](const MeshGroups* ranks) {
         std::deque<Loaded> loaded;
         std::vector<Config> configs;

@@ -29,7 +29,8 @@ class BadCommand : public TinyRunTest {
 
 TEST_F(BadCommand, AMissingArgumentIsNamed) {
   for (const char* verb : {"train", "plan", "bench"}) expect_usage({verb}, "CONFIG is required");
-  for (const char* verb : {"generate", "eval"}) expect_usage({verb}, "CHECKPOINT is required");
+  expect_usage({"sweep"}, "SWEEP is required");
+  for (const char* verb : {"generate", "eval", "inspect"}) expect_usage({verb}, "CHECKPOINT is required");
   expect_usage({"convert"}, "IN is required");
   expect_usage({"convert", "a"}, "OUT is required");
   expect_usage({"convert", "a", "b"}, "--to is required");

@@ -85,7 +85,8 @@ TEST_F(DistributedTrain, AStepTellsWhereItsTimeAndBytesWent) {
 }
 
 TEST_F(DistributedTrain, BenchMeasuresALayout) {
-  for (const auto& [mesh, axis] : std::vector<std::pair<std::string, std::string>>{{"dp_shard=2", "dp_shard"}, {"tp=2", "tp"}, {"pp=2", "pp"}, {"cp=2", "cp"}}) {
+  for (const auto& [mesh, axis] : std::vector<std::pair<std::string, std::string>>{{"dp_shard=2", "dp_shard"}, {"cp=2", "cp"}, {"tp=2", "tp"}, {"pp=2", "pp"}}) {
+    if (!std::getenv("TESSERA_TEST_ALL") && (mesh == "tp=2" || mesh == "pp=2")) continue;
     const Finished end = tessera({"launch", "-n", "2", "bench", "tiny.toml", "--json", "--mesh", mesh, "--steps", "2", "--decode-tokens", "3", "--set", "training.num_threads=1"});
     ASSERT_EQ(end.code, 0) << mesh << "\n" << end.err;
     const nlohmann::json bench = nlohmann::json::parse(end.out);
