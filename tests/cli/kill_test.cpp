@@ -92,7 +92,7 @@ class Kill : public TinyRunTest {
     const Finished end = train("killed", sets_, /*resume=*/true);
     ASSERT_EQ(end.code, 0) << end.err;
     expect_same_run("killed", "whole", 40);
-    EXPECT_EQ(entries(folder_ / "killed"), (std::vector<std::string>{"checkpoints", "config.toml", "metrics.jsonl"}));
+    EXPECT_EQ(entries(folder_ / "killed"), (std::vector<std::string>{"checkpoints", "config.toml", "metrics.jsonl", "starts.jsonl"}));
     EXPECT_EQ(entries(folder_ / "killed/checkpoints"), (std::vector<std::string>{"step-39", "step-40"}));
   }
 

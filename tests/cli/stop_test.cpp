@@ -156,7 +156,7 @@ TEST_F(Streams, ARunNeedsNone) {
     const std::string run = fmt::format("run{}", number++);
     EXPECT_EQ(train(run, {"checkpoint.interval=2"}, false, way).code, 0) << number;
     expect_same_run(run, "whole", 6);
-    EXPECT_EQ(entries(folder_ / run), (std::vector<std::string>{"checkpoints", "config.toml", "metrics.jsonl"}));
+    EXPECT_EQ(entries(folder_ / run), (std::vector<std::string>{"checkpoints", "config.toml", "metrics.jsonl", "starts.jsonl"}));
   }
 }
 
