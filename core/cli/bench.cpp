@@ -2,17 +2,30 @@
 
 #include <fmt/format.h>
 #include <fmt/ranges.h>
+#include <sys/mman.h>
+#include <sys/prctl.h>
+#include <sys/wait.h>
+#include <unistd.h>
 
 #include <algorithm>
+#include <cerrno>
+#include <csignal>
+#include <cstring>
 #include <deque>
+#include <fstream>
 #include <iostream>
 #include <nlohmann/json.hpp>
 #include <thread>
 
+#include "cli/calibration.hpp"
 #include "cli/limits.hpp"
 #include "cli/verbs.hpp"
+#include "checkpoint/file.hpp"
+#include "config/read_table.hpp"
+#include "measure/calibrate.hpp"
 #include "measure/compare.hpp"
 #include "metrics/machine.hpp"
+#include "sweep/trials.hpp"
 
 namespace tessera {
 
@@ -27,6 +40,7 @@ json to_json(const BenchResult& r) {
            {"decode", {{"tokens_per_s", r.decode_tokens_per_s}, {"prefill_tokens_per_s", r.prefill_tokens_per_s}}},
            {"matrix_peak_flops_per_s", r.matrix_peak}, {"memory_peak_bytes_per_s", r.memory_peak}, {"parts", json::array()}, {"ranks", json::array()},
            {"contexts", json::array()}, {"unchecked", r.unchecked}};
+  if (r.predicted) out["predicted"] = {{"step_s", r.predicted->step_s}, {"peak_bytes", r.predicted->peak_bytes}, {"parts", r.predicted->parts}, {"notes", r.predicted->notes}};
   for (const ContextPoint& c : r.contexts)
     out["contexts"].push_back({{"context", c.context}, {"prefill_tokens_per_s", c.prefill_tokens_per_s}, {"decode_tokens_per_s", c.decode_tokens_per_s}, {"state_bytes", c.state_bytes}});
   for (const RankTime& t : r.ranks)
@@ -96,12 +110,14 @@ int print_comparison(const std::vector<std::string>& files, bool as_json) {
 
 void print(const BenchResult& r) {
   const auto percent = [](double value, double of) { return of > 0 ? 100 * value / of : 0; };
-  fmt::print("{}: {} parameters, {} on {}{}; this machine: {:.4g} FLOP/s in matrix products, {:.4g} bytes/s in copies\n", r.config, r.params, r.dtype, r.device,
-             r.ranks.empty() ? "" : fmt::format(", {} ranks", r.ranks.size()), r.matrix_peak,
-             r.memory_peak);
+  fmt::print("{}: {} parameters, {} on {}{}{}\n", r.config, r.params, r.dtype, r.device, r.ranks.empty() ? "" : fmt::format(", {} ranks", r.ranks.size()),
+             r.matrix_peak > 0 ? fmt::format("; this machine: {:.4g} FLOP/s in matrix products, {:.4g} bytes/s in copies", r.matrix_peak, r.memory_peak) : "");
   if (r.train_step_s > 0)
     fmt::print("  train    {:>10.1f} tokens/s   {:.3f} s a step ({:.3f} to {:.3f}, {} steps after {} to warm up)   {:.4g} FLOP/s, {:.1f} % of the matrix peak   peak memory {:.0f} MiB\n", r.train_tokens_per_s,
                r.train_step_s, r.step_s.quantile(0.25), r.step_s.quantile(0.75), r.step_s.values.size(), r.warm_up_steps, r.train_flops_per_s, percent(r.train_flops_per_s, r.matrix_peak), static_cast<double>(r.peak_bytes) / 1048576);
+  if (r.predicted)
+    fmt::print("  predicted               {:.3f} s a step ({:+.1f} %), peak memory {:.0f} MiB ({:+.1f} %)\n", r.predicted->step_s, 100 * (r.predicted->step_s / r.train_step_s - 1), r.predicted->peak_bytes / 1048576,
+               100 * (r.predicted->peak_bytes / static_cast<double>(r.peak_bytes) - 1));
   if (r.decode_tokens_per_s > 0) fmt::print("  decode   {:>10.1f} tokens/s   prefill {:.1f} tokens/s\n", r.decode_tokens_per_s, r.prefill_tokens_per_s);
   for (const std::string& name : r.unchecked) fmt::print("  {} is too large to be checked against fp64\n", name);
   if (!r.contexts.empty()) fmt::print("\n  {:>10} {:>18} {:>16} {:>12}\n", "context", "prefill tokens/s", "decode tokens/s", "state bytes");
@@ -128,18 +144,113 @@ void print(const BenchResult& r) {
   }
 }
 
+// Configurations, with what they refer to.
+struct Subjects {
+  std::deque<Loaded> loaded;
+  std::deque<LoadedSweep> sweeps;
+  std::vector<Config> configs;
+};
+
+// A configuration, or every trial of a sweep, of several seeds the first.
+void add_file(Subjects& out, const std::string& file, const std::vector<std::string>& sets, const StepTime& step_time) {
+  if (!parse_toml(read_config_text(file), file).find("sweep")) {
+    out.configs.push_back(out.loaded.emplace_back(load_with_plugins(file, sets)).config);
+    return;
+  }
+  Sweep sweep = read_sweep(file);
+  if (sweep.config.seeds.size() > 1) sweep.config.seeds.resize(1);
+  for (const std::string& set : sets) {
+    const size_t equals = set.find('=');
+    if (equals == std::string::npos) throw Error(ExitCode::kUsage, fmt::format("--set: must be KEY=VALUE, got {}", set));
+    sweep.sets.push_back({set.substr(0, equals), set.substr(equals + 1)});
+  }
+  for (const LoadedTrial& trial : out.sweeps.emplace_back(load_trials(sweep, step_time)).trials) {
+    if (trial.error) throw Error(*trial.error);
+    out.configs.push_back(*trial.config);
+    out.configs.back().source = trial.trial.name;
+  }
+}
+
+// A file that is nowhere, which processes started from here see under the same path.
+class MemoryFile {
+ public:
+  MemoryFile() : fd_(::memfd_create("tessera", 0)) {
+    if (fd_ < 0) throw Error(ExitCode::kRuntime, fmt::format("memfd_create: {}", std::strerror(errno)));
+  }
+  ~MemoryFile() { ::close(fd_); }
+  MemoryFile(const MemoryFile&) = delete;
+  int fd() const { return fd_; }
+  std::string path() const { return fmt::format("/proc/self/fd/{}", fd_); }
+  void write(const std::string& text) const { std::ofstream(path()) << text; }
+
+ private:
+  int fd_;
+};
+
+// Training in a new process, whose memory and kernels no other configuration has shaped. Throws Error(kRuntime) where it fails; it has said why.
+BenchResult bench_apart(const Config& config, const BenchOptions& options) {
+  const MemoryFile toml, document;
+  toml.write(to_toml(config));
+  const std::string file = toml.path(), steps = std::to_string(options.steps);
+  std::vector<const char*> words{"tessera", "bench", file.c_str(), "--json", "--no-peaks", "--decode-tokens", "0", "--steps", steps.c_str()};
+  if (!options.check) words.push_back("--no-check");
+  words.push_back(nullptr);
+  const pid_t pid = ::fork();
+  if (pid == 0) {
+    ::prctl(PR_SET_PDEATHSIG, SIGKILL);
+    ::dup2(document.fd(), STDOUT_FILENO);
+    ::execv("/proc/self/exe", const_cast<char* const*>(words.data()));
+    ::_exit(127);
+  }
+  int status = 0;
+  while (pid > 0 && ::waitpid(pid, &status, 0) < 0 && errno == EINTR) {}
+  if (pid < 0 || status != 0) throw Error(ExitCode::kRuntime, fmt::format("--calibrate: {} was not measured", config.source), pid < 0 ? std::strerror(errno) : "its own message is above");
+  const json in = json::parse(read_file(document.path()));
+  BenchResult out{.config = config.source, .dtype = in["dtype"], .device = in["device"], .params = in["params"], .peak_bytes = in["peak_bytes"], .train_step_s = in["train"]["step_s"]};
+  for (const json& part : in["parts"]) out.parts.push_back({.name = part["part"], .forward_s = part["forward_s"], .recompute_s = part["recompute_s"], .backward_s = part["backward_s"]});
+  return out;
+}
+
+// One configuration after the other, each in a process of its own, and how near the calibration comes to what it was made from.
+int calibrate(const std::vector<Config>& configs, BenchOptions options, const std::string& named, bool as_json) {
+  const std::filesystem::path file = named.empty() ? default_calibration_file() : std::filesystem::path(named);
+  if (file.empty()) throw Error(ExitCode::kUsage, "--calibrate: neither XDG_CACHE_HOME nor HOME says where to keep it", "--calibration FILE");
+  require_enough(configs.size());
+  find_calibration(file, configs.front());  // a file that is none is told before a minute is spent
+  options.steps = std::max<int64_t>(1, options.steps);
+  std::vector<BenchResult> results;
+  for (const Config& config : configs) results.push_back(bench_apart(config, options));
+  // What disturbs a machine disturbs it for a while: of two measurements the faster one counts.
+  options.check = false;
+  for (size_t i = 0; i < configs.size(); ++i)
+    if (BenchResult again = bench_apart(configs[i], options); again.train_step_s < results[i].train_step_s) results[i] = std::move(again);
+  const Calibration calibration = calibrate(configs, results);
+  keep_calibration(file, calibration);
+  Samples step, memory;
+  for (size_t i = 0; i < configs.size(); ++i) {
+    results[i].predicted = predict(calibration, make_plan(configs[i]), configs[i]);
+    step.values.push_back(std::abs(results[i].predicted->step_s / results[i].train_step_s - 1));
+    memory.values.push_back(std::abs(results[i].predicted->peak_bytes / static_cast<double>(results[i].peak_bytes) - 1));
+  }
+  if (as_json) std::cout << document(results).dump(1) << "\n";
+  else
+    fmt::print("{}: {} with {} threads on {}, {}\n{} configurations are predicted from it within: step time {:.1f} % (median {:.1f} %), peak memory {:.1f} % (median {:.1f} %)\n", file.string(), calibration.dtype,
+               calibration.threads, calibration.device, calibration.machine, configs.size(), 100 * step.quantile(1), 100 * step.median(), 100 * memory.quantile(1), 100 * memory.median());
+  return 0;
+}
+
 }  // namespace
 
 void add_bench(CLI::App& app, Run& run) {
   struct Options {
     std::vector<std::string> configs, sets, compared;
-    std::string mesh;
+    std::string mesh, calibration;
     BenchOptions bench;
-    bool json = false;
+    bool json = false, calibrate = false;
   };
   auto o = std::make_shared<Options>();
   CLI::App* verb = app.add_subcommand("bench", "throughput of training steps and of decoding on random tokens, and each block's time");
-  CLI::Option* configs = verb->add_option("CONFIG", o->configs, "TOML files, which take turns");
+  CLI::Option* configs = verb->add_option("CONFIG", o->configs, "configurations, or sweeps for all of their trials; they take turns");
   verb->add_option("--compare", o->compared, "two documents of --json: which is faster, and whether by more than noise")->expected(2)->type_name("A.json B.json")->excludes(configs);
   verb->add_option("--steps", o->bench.steps, "timed training steps of each configuration; 0: no training")->capture_default_str()->check(whole(0));
   verb->add_option("--decode-batch", o->bench.decode_batch, "sequences decoded together")->capture_default_str()->check(whole(1));
@@ -147,7 +258,10 @@ void add_bench(CLI::App& app, Run& run) {
   verb->add_option("--decode-tokens", o->bench.decode_tokens, "timed tokens a sequence; 0: no decoding")->capture_default_str()->check(whole(0));
   verb->add_option("--contexts", o->bench.contexts, "lengths at which prefill and decoding of one sequence are measured")->delimiter(',')->type_name("N,...")->check(whole(1));
   verb->add_flag("!--no-check", o->bench.check, "does not compare the blocks with fp64 first");
+  verb->add_flag("!--no-peaks", o->bench.peaks, "does not measure the machine's matrix and memory peaks");
   verb->add_flag("--json", o->json, "one JSON document on stdout");
+  verb->add_flag("--calibrate", o->calibrate, "keeps what this machine takes for each kind of work, by which plan, bench and sweep predict");
+  add_calibration(*verb, o->calibration);
   add_mesh(*verb, o->mesh);
   add_sets(*verb, o->sets);
   verb->callback([o, &run] {
@@ -155,11 +269,14 @@ void add_bench(CLI::App& app, Run& run) {
       if (!o->compared.empty()) return print_comparison(o->compared, o->json);
       if (o->configs.empty()) throw Error(ExitCode::kUsage, "CONFIG is required", "tessera --help lists the verbs, tessera VERB --help their options");
       return over_ranks(o->mesh, [&](const MeshGroups* ranks) {
-        std::deque<Loaded> loaded;
-        std::vector<Config> configs;
-        for (const std::string& file : o->configs) configs.push_back(loaded.emplace_back(load_with_plugins(file, o->sets)).config);
-        const std::vector<BenchResult> results = bench(configs, o->bench, ranks);
+        Subjects subjects;
+        for (const std::string& file : o->configs) add_file(subjects, file, o->sets, predicted_step_time(o->calibration));
+        if (o->calibrate && ranks) throw Error(ExitCode::kUsage, "--calibrate: is for one process");
+        if (o->calibrate) return calibrate(subjects.configs, o->bench, o->calibration, o->json);
+        std::vector<BenchResult> results = bench(subjects.configs, o->bench, ranks);
         if (!is_first(ranks)) return 0;
+        for (size_t i = 0; i < results.size() && !ranks && o->bench.steps > 0; ++i)
+          results[i].predicted = predict(o->calibration, make_plan(subjects.configs[i]), subjects.configs[i]);
         if (o->json) std::cout << document(results).dump(1) << "\n";
         for (const BenchResult& result : results)
           if (!o->json) print(result);

@@ -8,6 +8,7 @@
 #include <iostream>
 #include <nlohmann/json.hpp>
 
+#include "cli/calibration.hpp"
 #include "cli/verbs.hpp"
 #include "plan/active.hpp"
 #include "plan/memory.hpp"
@@ -66,6 +67,8 @@ struct LayoutCost {
   }
 };
 
+double step_tokens(const Config& config) { return static_cast<double>(global_batch_rows(config) * config.training.seq_len); }
+
 json memory_json(const MemoryPlan& memory) {
   return {{"parameters", memory.parameters}, {"gradients", memory.gradients}, {"optimizer", memory.optimizer}, {"compute_copies", memory.compute},
           {"gathered", memory.gathered}, {"activations", memory.activations}, {"save_copy", memory.save}, {"total", memory.total()}};
@@ -78,7 +81,7 @@ json traffic_json(const Traffic& traffic, const Mesh& mesh) {
   return {{"bytes", traffic.bytes()}, {"by_axis", by_axis(traffic.by_group(), mesh)}, {"rows", rows}};
 }
 
-json to_json(const ModelPlan& plan, const Config& config, const Mesh& mesh, const LayoutCost& layout, const Documents& documents) {
+json to_json(const ModelPlan& plan, const Config& config, const Mesh& mesh, const LayoutCost& layout, const Documents& documents, const std::optional<Prediction>& prediction) {
   const Totals sum = totals(plan);
   json out{{"pattern", plan.pattern.text}, {"dialect", plan.model.dialect}, {"totals", {{"elements", sum.elements}, {"tensors", sum.tensors}, {"trained", sum.trained}, {"active", static_cast<int64_t>(active_parameters(plan))}}}};
   for (const Binding& binding : config.bindings) out["legend"][std::string(1, binding.symbol)] = binding.name;
@@ -95,6 +98,8 @@ json to_json(const ModelPlan& plan, const Config& config, const Mesh& mesh, cons
   for (size_t pp = 0; pp < layout.memory.size(); ++pp)
     out["pipeline_ranks"].push_back({{"memory", memory_json(layout.memory[pp])}, {"sent_per_step", traffic_json(layout.traffic[pp], mesh)}});
   out["ranks"] = mesh.size();
+  if (prediction)
+    out["predicted"] = {{"step_s", prediction->step_s}, {"tokens_per_s", step_tokens(config) / prediction->step_s}, {"peak_bytes", prediction->peak_bytes}, {"parts", prediction->parts}, {"notes", prediction->notes}};
   return out;
 }
 
@@ -118,7 +123,7 @@ void print_traffic(const LayoutCost& layout, const Mesh& mesh) {
   }
 }
 
-void print(const ModelPlan& plan, const Config& config, const Mesh& mesh, const LayoutCost& layout, const Documents& documents) {
+void print(const ModelPlan& plan, const Config& config, const Mesh& mesh, const LayoutCost& layout, const Documents& documents, const std::optional<Prediction>& prediction) {
   fmt::print("pattern   {}   (dialect {})\nlegend   ", plan.pattern.text, plan.model.dialect);
   for (const Binding& binding : config.bindings) fmt::print(" {} = {}{}", binding.symbol, binding.name, binding.shared ? " (shared)" : "");
   if (config.head) fmt::print("  / = {}", config.head->name);
@@ -150,13 +155,17 @@ void print(const ModelPlan& plan, const Config& config, const Mesh& mesh, const 
                                     {"compute copies", memory.compute}, {"gathered", memory.gathered}, {"activations", memory.activations}, {"save copy", memory.save}})
     fmt::print("  {:<14} {:>12}\n", name, bytes(value));
   if (mesh.size() > 1) print_traffic(layout, mesh);
+  if (!prediction) return;
+  fmt::print("\npredicted for this machine: {:.4g} s a step, {:.4g} tokens/s, peak memory {}\n", prediction->step_s, step_tokens(config) / prediction->step_s, bytes(prediction->peak_bytes));
+  for (const auto& [part, seconds] : prediction->parts) fmt::print("  {:<14} {:>9.2f} ms\n", part, 1e3 * seconds);
+  for (const std::string& note : prediction->notes) fmt::print("  uncertain: {}\n", note);
 }
 
 }  // namespace
 
 void add_plan(CLI::App& app, Run& run) {
   struct Options {
-    std::string config, mesh;
+    std::string config, mesh, calibration;
     std::vector<std::string> sets;
     bool json = false;
   };
@@ -165,6 +174,7 @@ void add_plan(CLI::App& app, Run& run) {
   verb->add_option("CONFIG", o->config, "a TOML file")->required();
   verb->add_option("--mesh", o->mesh, "axis=degree,...: pp, dp_replicate, dp_shard, cp, tp, ep, etp");
   verb->add_flag("--json", o->json, "one JSON document on stdout");
+  add_calibration(*verb, o->calibration);
   add_sets(*verb, o->sets);
   verb->callback([o, &run] {
     run = [o] {
@@ -176,8 +186,9 @@ void add_plan(CLI::App& app, Run& run) {
       const ModelPlan plan = make_plan(loaded.config, mesh);
       const Documents documents{{.length = loaded.config.training.seq_len, .count = loaded.config.training.local_batch_size}};
       const LayoutCost layout{.memory = plan_stage_memory(plan, loaded.config, mesh), .traffic = plan_traffic(plan, loaded.config, mesh)};
-      if (o->json) std::cout << to_json(plan, loaded.config, mesh, layout, documents).dump(1) << "\n";
-      else print(plan, loaded.config, mesh, layout, documents);
+      const auto prediction = mesh.size() == 1 ? predict(o->calibration, plan, loaded.config) : std::nullopt;
+      if (o->json) std::cout << to_json(plan, loaded.config, mesh, layout, documents, prediction).dump(1) << "\n";
+      else print(plan, loaded.config, mesh, layout, documents, prediction);
       return 0;
     };
   });

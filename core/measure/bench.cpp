@@ -12,6 +12,7 @@
 
 #include "infer/generate.hpp"
 #include "measure/self_check.hpp"
+#include "memory/kept_blocks.hpp"
 #include "metrics/exchange_metrics.hpp"
 #include "metrics/machine.hpp"
 #include "model/model.hpp"
@@ -99,6 +100,7 @@ class Subject {
     result_ = {.config = config.source, .dtype = dtype_name(dtype_), .device = device_.str(), .params = totals(plan_).trained};
     if (options.check && !ranks) result_.unchecked = check_blocks(config, dtype_, device_).too_large;
     if (device_.is_cpu() && !ranks) require_memory(plan_, options.steps > 0 ? &config.training : nullptr);
+    release_kept_blocks();
     const int64_t others = current_memory_bytes();
     forget_peak_memory();
     store_ = std::make_unique<Store>(plan_, device_, dtype_, config.training.freeze, ranks,
@@ -113,8 +115,9 @@ class Subject {
     taken_bytes_ = peak_memory_bytes() - others;
   }
 
-  // One timed training step.
-  void train() {
+  // One timed training step; where others took their turns since the last one, behind another that brings back into the caches what a run has there.
+  void train(bool alone) {
+    if (!alone) step();
     StepClock clock(device_);
     model_->set_clock(&clock);
     const Exchanged before = ranks_ ? exchanged(*ranks_) : Exchanged{};
@@ -140,6 +143,7 @@ class Subject {
     for (const json& report : reports) result_.peak_bytes = std::max(result_.peak_bytes, report["peak_bytes"].get<int64_t>());
     if (options_.steps > 0) add_training(reports);
     result_.prefill_tokens_per_s = median(prefill_), result_.decode_tokens_per_s = median(decoding_);
+    if (!options_.peaks) return std::move(result_);
     for (const json& peaks : all_reports(ranks_, device_, {measure_matrix_peak(dtype_, device_), measure_memory_peak(device_)}))
       result_.matrix_peak += peaks[0].get<double>(), result_.memory_peak += peaks[1].get<double>();
     return std::move(result_);
@@ -254,7 +258,7 @@ std::vector<BenchResult> bench(const std::vector<Config>& configs, const BenchOp
   std::vector<std::unique_ptr<Subject>> subjects;
   for (const Config& config : configs) subjects.push_back(std::make_unique<Subject>(config, options, ranks));
   for (int64_t round = 0; round < options.steps; ++round)
-    for (const auto& subject : subjects) subject->train();
+    for (const auto& subject : subjects) subject->train(subjects.size() == 1);
   constexpr int kDecodeRounds = 3;
   for (int round = 0; round < kDecodeRounds && options.decode_tokens > 0 && mesh.cp == 1; ++round)
     for (const auto& subject : subjects) subject->decode();

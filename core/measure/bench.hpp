@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "config/config.hpp"
+#include "measure/prediction.hpp"
 #include "parallel/mesh_groups.hpp"
 
 namespace tessera {
@@ -16,6 +17,7 @@ struct BenchOptions {
   int64_t decode_tokens = 32;    // timed tokens a sequence; 0: none
   std::vector<int64_t> contexts; // lengths at which prefill and decoding of one sequence are measured
   bool check = true;             // the blocks against fp64 before anything is timed
+  bool peaks = true;             // measures what the machine does at best
 };
 
 // Figures of several rounds.
@@ -61,6 +63,7 @@ struct BenchResult {
   std::vector<PartTime> parts;  // the slowest first
   std::vector<RankTime> ranks;  // none in a single process
   std::vector<ContextPoint> contexts;
+  std::optional<Prediction> predicted;  // of a training step
   std::vector<std::string> unchecked;  // blocks too large to be checked against fp64
 };
 

@@ -2,6 +2,7 @@
 
 #include <c10/core/CPUAllocator.h>
 #include <fmt/format.h>
+#include <malloc.h>
 #include <sys/mman.h>
 
 #include <algorithm>
@@ -43,6 +44,12 @@ class KeptBlocks final : public c10::Allocator {
   LargeBlocks counts() {
     const std::lock_guard lock(mutex_);
     return counts_;
+  }
+
+  void release() {
+    const std::lock_guard lock(mutex_);
+    release_beyond(0);
+    counts_.most = counts_.held;
   }
 
   static KeptBlocks& instance() {
@@ -129,5 +136,10 @@ void keep_large_blocks() {
 }
 
 LargeBlocks large_blocks() { return KeptBlocks::instance().counts(); }
+
+void release_kept_blocks() {
+  KeptBlocks::instance().release();
+  ::malloc_trim(0);
+}
 
 }  // namespace tessera

@@ -20,4 +20,7 @@ struct LargeBlocks {
 };
 LargeBlocks large_blocks();
 
+// Gives back what is kept, small blocks included, and forgets the most that was held: what comes next takes memory as in a new process.
+void release_kept_blocks();
+
 }  // namespace tessera

@@ -25,6 +25,7 @@
 #include "metrics/machine.hpp"
 #include "plan/plan.hpp"
 #include "sweep/trial_state.hpp"
+#include "sweep/trials.hpp"
 #include "train/signals.hpp"
 
 namespace tessera {
@@ -68,15 +69,13 @@ class SweepRun {
 
   int run() {
     refuse_too_many();
-    if (sweep_.match && !sweep_.match->target) {
-      std::vector<std::string> sets;
-      for (const Setting& set : sweep_.sets) sets.push_back(set.text());
-      sweep_.match->target = match_metric(sweep_.match->of, load(sets));
-    }
+    const LoadedSweep loaded = load_trials(sweep_, options_.step_time);
     for (const std::string& note : sweep_.notes) say("note: " + note);
-    for (Trial& trial : make_trials(sweep_)) entries_.push_back({.trial = std::move(trial), .folder = {}});
-    for (Entry& entry : entries_) entry.folder = trial_folder(sweep_, entry.trial);
-    check_configurations();
+    for (const LoadedTrial& one : loaded.trials) {
+      Entry& entry = entries_.emplace_back(Entry{.trial = one.trial, .folder = trial_folder(sweep_, one.trial)});
+      if (one.config) entry.params = totals(make_plan(*one.config)).trained, entry.steps = one.config->training.steps;
+      else entry.state = {.state = "failed", .error = one.error->what(), .machine = machine_text()};
+    }
     if (!options_.trial.empty()) return run_one();
     for (Entry& entry : entries_)
       if (entry.state.state != "failed" || is_there(entry.folder)) recall(entry);
@@ -118,35 +117,6 @@ class SweepRun {
     if (most > kMostTrials) throw Error(ExitCode::kUsage, fmt::format("{}: error: the axes make {:.0f} trials, at most {:.0f}", sweep_.file.string(), most, kMostTrials), "take values out of an axis");
     if (most <= kManyTrials || options_.yes || options_.dry_run) return;
     throw Error(ExitCode::kUsage, fmt::format("{}: error: the axes make {:.0f} trials", sweep_.file.string(), most), "--yes if that is meant; --dry-run lists them");
-  }
-
-  Config load(const std::vector<std::string>& sets) {
-    const auto paths = plugin_paths(sweep_.base, sets);
-    auto found = registries_.find(paths);
-    if (found == registries_.end()) found = registries_.emplace(paths, Registry::load(Registry::search_paths(paths))).first;
-    return load_config(sweep_.base, sets, found->second);
-  }
-
-  // Every configuration before any runs: where none is legal it is the sweep that is wrong, where some are not, those fail.
-  void check_configurations() {
-    std::optional<Error> first;
-    int64_t legal = 0;
-    for (Entry& entry : entries_) {
-      try {
-        fit(sweep_, load(entry.trial.sets(sweep_)), entry.trial);
-        const Config config = load(entry.trial.sets(sweep_));
-        Issues issues;
-        check_config(config, make_mesh(config.parallelism, sweep_.config.ranks), issues);
-        issues.raise();
-        entry.params = totals(make_plan(config)).trained;
-        entry.steps = config.training.steps;
-        ++legal;
-      } catch (const Error& error) {
-        entry.state = {.state = "failed", .error = error.what(), .machine = machine_text()};
-        if (!first) first = error;
-      }
-    }
-    if (legal == 0 && first) throw Error(*first);
   }
 
   // What became of the trial before.
@@ -454,7 +424,6 @@ class SweepRun {
 
   Sweep sweep_;
   SweepOptions options_;
-  std::map<std::vector<std::string>, Registry> registries_;  // by plugin paths; they outlive the configurations
   std::vector<Entry> entries_;
 };
 

@@ -14,6 +14,7 @@ struct SweepOptions {
   bool quiet = false;
   bool slurm = false;    // writes and submits a job array; with `trial`, processes of a trial are started by srun
   std::string trial;     // only this one, as a job of the array does
+  StepTime step_time;    // for [match] of step_time
 };
 
 // Trials that are done are never run again, interrupted ones go on from their checkpoint, failed ones are kept with their error. At the end, and whenever it

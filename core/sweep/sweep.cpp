@@ -282,10 +282,10 @@ std::vector<std::string> Trial::sets(const Sweep& sweep) const {
   return out;
 }
 
-void fit(const Sweep& sweep, const Config& config, Trial& trial) {
+void fit(const Sweep& sweep, const Config& config, Trial& trial, const StepTime& step_time) {
   trial.fitted.clear();
   if (sweep.match) {
-    const Match match = match_config(*sweep.match, config, *sweep.match->target);
+    const Match match = match_config(*sweep.match, config, *sweep.match->target, step_time);
     trial.match = match.text;
     trial.match_error = match.error();
     if (!match.refusal.empty()) throw Error(ExitCode::kUsage, "match: " + match.refusal, "widen [match] tolerance, or bend a key with finer steps");

@@ -75,7 +75,7 @@ struct Trial {
 std::filesystem::path trial_folder(const Sweep& sweep, const Trial& trial);
 
 // What the sizes of a trial become by [match] and lr_rule, whose configuration without them is `config`. Throws Error(kUsage) where no legal size is within the tolerance.
-void fit(const Sweep& sweep, const Config& config, Trial& trial);
+void fit(const Sweep& sweep, const Config& config, Trial& trial, const StepTime& step_time = {});
 
 // In the order of the axes, the seeds innermost. [match] has its target by now. Throws Error(kUsage) where two points of the product are the same trial.
 std::vector<Trial> make_trials(const Sweep& sweep);

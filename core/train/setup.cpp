@@ -48,9 +48,13 @@ at::ScalarType choose_dtype(const std::string& dtype, at::Device device, const M
   return bf16.item<int>() ? at::kBFloat16 : at::kFloat;
 }
 
-void apply_runtime(const TrainingConfig& training, int64_t local_size) {
+int64_t num_threads(const TrainingConfig& training, int64_t local_size) {
   const auto cores = static_cast<int64_t>(std::thread::hardware_concurrency());
-  at::set_num_threads(static_cast<int>(training.num_threads > 0 ? training.num_threads : std::max<int64_t>(cores / local_size, 1)));
+  return training.num_threads > 0 ? training.num_threads : std::max<int64_t>(cores / local_size, 1);
+}
+
+void apply_runtime(const TrainingConfig& training, int64_t local_size) {
+  at::set_num_threads(static_cast<int>(num_threads(training, local_size)));
   keep_large_blocks();
   // The same for operators' scratch and small tensors.
   mallopt(M_MMAP_THRESHOLD, 32 << 20);

@@ -18,6 +18,8 @@ at::Device choose_device(const std::string& device, const MeshGroups* ranks);
 at::ScalarType choose_dtype(const std::string& dtype, at::Device device);
 // The same on all ranks: bfloat16 where it is faster on any of them.
 at::ScalarType choose_dtype(const std::string& dtype, at::Device device, const MeshGroups* ranks);
+// Of one of `local_size` processes on this machine.
+int64_t num_threads(const TrainingConfig& training, int64_t local_size = 1);
 // Threads and deterministic algorithms of this process, one of `local_size` on this machine.
 void apply_runtime(const TrainingConfig& training, int64_t local_size = 1);
 // The bindings that Model recomputes: none, the named ones, or {"*"} for all.
