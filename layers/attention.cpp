@@ -24,6 +24,7 @@
 #include <numeric>
 
 #include "layers/attention_cache.hpp"
+#include "layers/attention_check.hpp"
 #include "tessera/error.hpp"
 
 namespace tessera {
@@ -292,8 +293,10 @@ void attend_cache(const at::Tensor& q_nhp, const Spans& spans, double scale, int
 
 std::string shape(const at::Tensor& t) { return t.defined() ? fmt::format("[{}]", fmt::join(t.sizes(), ", ")) : "undefined"; }
 
-void check(const at::Tensor& q_nhp, const at::Tensor& k_nkp, const at::Tensor& v_nkp, const Spans& spans, int64_t window,
-           const at::Tensor& k_cache_slkp, const at::Tensor& v_cache_slkp) {
+}  // namespace
+
+void check_attention(const at::Tensor& q_nhp, const at::Tensor& k_nkp, const at::Tensor& v_nkp, const Spans& spans, int64_t window, const at::Tensor& k_cache_slkp,
+                     const at::Tensor& v_cache_slkp) {
   const auto fail = [](const std::string& what) { throw Error(ExitCode::kRuntime, "[attention] " + what); };
   const auto N = spans.num_tokens();
   if (q_nhp.dim() != 3 || k_nkp.dim() != 3 || k_nkp.sizes() != v_nkp.sizes() || q_nhp.size(0) != N || k_nkp.size(0) != N ||
@@ -314,11 +317,9 @@ void check(const at::Tensor& q_nhp, const at::Tensor& k_nkp, const at::Tensor& v
       fail(fmt::format("slot {}, positions [{}, {}) must lie in the cache {}", span.state_slot, span.start, span.start + span.length, shape(k_cache_slkp)));
 }
 
-}  // namespace
-
 at::Tensor attention(const at::Tensor& q_nhp, const at::Tensor& k_nkp, const at::Tensor& v_nkp, const Spans& spans, double scale, int64_t window,
                      const at::Tensor& k_cache_slkp, const at::Tensor& v_cache_slkp) {
-  check(q_nhp, k_nkp, v_nkp, spans, window, k_cache_slkp, v_cache_slkp);
+  check_attention(q_nhp, k_nkp, v_nkp, spans, window, k_cache_slkp, v_cache_slkp);
   std::vector<int64_t> lengths;
   for (const auto& span : spans.list()) lengths.push_back(span.length);
   const auto fresh = [&] {

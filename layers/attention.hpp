@@ -26,4 +26,9 @@ at::Tensor attention(Context& ctx, const at::Tensor& q_nhp, const at::Tensor& k_
 at::Tensor attention_ref(const at::Tensor& q_nhp, const at::Tensor& k_nkp, const at::Tensor& v_nkp, const Spans& spans, double scale,
                          int64_t window = 0, const at::Tensor& k_cache_slkp = {}, const at::Tensor& v_cache_slkp = {});
 
+// How far each head's attention is spread -> fp64 [H]: the mean over the N tokens (0 where there are none) of the entropy in nats of the weights softmax(scale * q k^T) that
+// `attention` gives to what a token sees; between 0, one key alone, and the logarithm of the number of keys seen, all alike. k_cache_slkp holds the keys before each
+// span's start; it is only read. Scores in fp32 (fp64 for fp64), of a block of queries at a time. No gradient. Throws as `attention` does.
+at::Tensor attention_entropy(const at::Tensor& q_nhp, const at::Tensor& k_nkp, const Spans& spans, double scale, int64_t window = 0, const at::Tensor& k_cache_slkp = {});
+
 }  // namespace tessera

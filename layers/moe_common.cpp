@@ -140,8 +140,10 @@ void moe_after_step(const MoeConfig& c, Buffers& buffers, const Counts& counts) 
 at::Tensor routed_experts(Context& ctx, const at::Tensor& router_input_nr, const at::Tensor& x_nw, const Weights& w, const MoeConfig& c) {
   const auto logits_ne = router_logits(ctx, router_input_nr, w["gate.weight"]);
   const auto scores_ne = at::sigmoid(logits_ne);
-  const auto indices_nk =
-      ctx.once("experts", [&] { return choose_experts(scores_ne, w.buffer(kBias), c.top_k, c.num_groups, c.topk_group); });
+  const auto indices_nk = ctx.once("experts", [&] {
+    const auto chosen_nk = choose_experts(scores_ne, w.buffer(kBias), c.top_k, c.num_groups, c.topk_group);  // a measurement times it also where it goes by even ones
+    return ctx.balanced_routing().defined() ? even_experts(ctx.balanced_routing(), c.top_k, c.num_experts) : chosen_nk;
+  });
   if (ctx.training()) {
     if (c.aux_loss_coeff > 0)
       ctx.add_loss("seq_aux", seq_aux_loss(logits_ne, ctx.spans(), ctx.valid_n(), c.top_k, ctx.sequence_group()) * c.aux_loss_coeff, Per::kDocument);

@@ -3,6 +3,7 @@
 #include <ATen/Parallel.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/core/grad_mode.h>
+#include <ATen/ops/arange.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/full.h>
 #include <ATen/ops/logsumexp.h>
@@ -148,6 +149,12 @@ at::Tensor choose_experts(const at::Tensor& scores_ne, const at::Tensor& bias_e,
   if (scores.scalar_type() == at::kFloat) choose_on_cpu<float>(scores, bias, out_nk, num_groups, topk_group);
   else choose_on_cpu<double>(scores, bias, out_nk, num_groups, topk_group);
   return out_nk;
+}
+
+at::Tensor even_experts(const at::Tensor& number_n, int64_t k, int64_t num_experts) {
+  if (k < 1 || k > num_experts) fail("even_experts", fmt::format("k must be in [1, {}], got {}", num_experts, k));
+  const auto choice_nk = number_n.unsqueeze(1).remainder(num_experts) * k + at::arange(k, number_n.options()).unsqueeze(0);
+  return std::get<0>(choice_nk.remainder(num_experts).sort(1));
 }
 
 at::Tensor expert_weights(const at::Tensor& scores_ne, const at::Tensor& indices_nk, bool norm_topk_prob, double scaling) {

@@ -23,6 +23,10 @@ at::Tensor choose_experts(const at::Tensor& scores_ne, const at::Tensor& bias_e,
 // By stable sorts, on any device.
 at::Tensor choose_experts_ref(const at::Tensor& scores_ne, const at::Tensor& bias_e, int64_t k, int64_t num_groups = 1, int64_t topk_group = 1);
 
+// Choices for measurements, as even as can be: token i of number_n, int64 [N], goes to the experts (i * k + j) mod E, j in [0, k) -> int64 [N, k], ascending in
+// a row. Over tokens of consecutive numbers the loads of any two experts differ by one at most, on whatever rank the tokens are.
+at::Tensor even_experts(const at::Tensor& number_n, int64_t k, int64_t num_experts);
+
 // Weights of the chosen experts from the unbiased scores, s / (sum of the chosen s + 1e-20) where normed, times `scaling` -> [N, k].
 at::Tensor expert_weights(const at::Tensor& scores_ne, const at::Tensor& indices_nk, bool norm_topk_prob, double scaling);
 

@@ -140,7 +140,9 @@ class Gqa final : public Block {
       q_nhp = rope(q_nhp, positions_n, c_.rope_theta), k_nkp = rope(k_nkp, positions_n, c_.rope_theta);
     }
     const auto k_cache = ctx.has_state() ? ctx.state("k") : at::Tensor(), v_cache = ctx.has_state() ? ctx.state("v") : at::Tensor();
-    const auto y_nhp = attention(ctx, q_nhp, k_nkp, v_nkp, 1 / std::sqrt(static_cast<double>(P)), c_.sliding_window, k_cache, v_cache);
+    const double scale = 1 / std::sqrt(static_cast<double>(P));
+    const auto y_nhp = attention(ctx, q_nhp, k_nkp, v_nkp, scale, c_.sliding_window, k_cache, v_cache);
+    ctx.observe("attention_entropy", [&] { return attention_entropy(q_nhp, k_nkp, ctx.spans(), scale, c_.sliding_window, k_cache); });
     return partial_sum_linear(ctx, y_nhp.flatten(1), w["o_proj.weight"], w.find("o_proj.bias"));
   }
 

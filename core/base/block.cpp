@@ -75,4 +75,8 @@ void Context::count(std::string_view name, const at::Tensor& counts) {
   if (!added) place->second = at::add(place->second, counts.detach());
 }
 
+void Context::observe(std::string_view name, const std::function<at::Tensor()>& compute) {
+  if (observing_) observed_.insert_or_assign(std::string(name), compute().detach());
+}
+
 }  // namespace tessera

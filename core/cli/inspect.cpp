@@ -21,7 +21,7 @@ json to_json(const std::vector<TensorStatistics>& tensors, const std::vector<Lay
   json out{{"tensors", json::array()}, {"layers", json::array()}};
   for (const TensorStatistics& t : tensors)
     out["tensors"].push_back({{"name", t.name}, {"dtype", t.dtype}, {"shape", t.shape}, {"mean", t.mean}, {"rms", t.rms}, {"min", t.least}, {"max", t.greatest}, {"zeros", t.zeros}, {"not_finite", t.not_finite}});
-  for (const LayerStatistics& l : layers) out["layers"].push_back({{"layer", l.layer}, {"residual_rms", l.residual_rms}, {"state_rms", l.state_rms}, {"counts", l.counts}});
+  for (const LayerStatistics& l : layers) out["layers"].push_back({{"layer", l.layer}, {"residual_rms", l.residual_rms}, {"state_rms", l.state_rms}, {"counts", l.counts}, {"observed", l.observed}});
   return out;
 }
 
@@ -35,13 +35,18 @@ void print(const std::vector<TensorStatistics>& tensors) {
 }
 
 void print(const std::vector<LayerStatistics>& layers) {
-  fmt::print("\n{:<28} {:>12}   state and counts\n", "layer", "residual rms");
+  fmt::print("\n{:<28} {:>12}   state, counts and what the block tells\n", "layer", "residual rms");
   for (const LayerStatistics& l : layers) {
     std::vector<std::string> words;
     for (const auto& [name, rms] : l.state_rms) words.push_back(fmt::format("{} rms {:.3g}", name, rms));
     for (const auto& [name, counts] : l.counts) {
       const double sum = std::accumulate(counts.begin(), counts.end(), 0.0);
       words.push_back(fmt::format("{} [{}], greatest {:.2f} x the mean", name, fmt::join(counts, " "), sum > 0 ? *std::max_element(counts.begin(), counts.end()) * static_cast<double>(counts.size()) / sum : 0.0));
+    }
+    for (const auto& [name, values] : l.observed) {
+      std::vector<std::string> numbers;
+      for (const double value : values) numbers.push_back(fmt::format("{:.3g}", value));
+      words.push_back(fmt::format("{} [{}]", name, fmt::join(numbers, " ")));
     }
     fmt::print("{:<28} {:>12.4g}   {}\n", l.layer, l.residual_rms, fmt::join(words, "; "));
   }

@@ -36,10 +36,18 @@ std::vector<LayerStatistics> layer_statistics(Model& model, const std::vector<in
   std::vector<LayerStatistics> out(plan.layers.size());
   const auto rms = [](const at::Tensor& x) { return x.numel() ? std::sqrt(x.to(at::kDouble).square().mean().item<double>()) : 0.0; };
 
+  const auto on_host = [](const at::Tensor& x) {
+    const at::Tensor host = x.to(at::kCPU, at::kDouble).flatten().contiguous();
+    return std::vector<double>(host.const_data_ptr<double>(), host.const_data_ptr<double>() + host.numel());
+  };
+
+  model.set_observing(true);
   DecodeState state(plan, 1, model.store().device(), model.store().compute_dtype());
   model.hidden(batch, &state, [&](int64_t layer, const at::Tensor& x_nd) {
     if (layer >= 0) out[static_cast<size_t>(layer)].residual_rms = rms(x_nd);
   });
+  model.set_observing(false);
+  const LayerObserved observed = model.take_observed();
   model.take_counts();
   model.loss(batch, denominators(plan, batch), /*training=*/true);  // in which layers count
   const LayerCounts counts = model.take_counts();
@@ -50,12 +58,11 @@ std::vector<LayerStatistics> layer_statistics(Model& model, const std::vector<in
       const at::Tensor held = state.layer(layer.index).at(row.name);
       s.state_rms[row.name] = rms(row.per == State::Per::kToken ? held.select(0, 0).narrow(0, 0, n) : held.select(0, 0));
     }
+    if (const auto told = observed.find(layer.prefix); told != observed.end())
+      for (const auto& [name, values] : told->second) s.observed[name] = on_host(values);
     const auto counted = counts.find(plan.layers[static_cast<size_t>(layer.weights_of)].prefix);
     if (counted == counts.end()) continue;
-    for (const auto& [name, count] : counted->second) {
-      const at::Tensor host = count.to(at::kCPU, at::kDouble).flatten().contiguous();
-      s.counts[name].assign(host.const_data_ptr<double>(), host.const_data_ptr<double>() + host.numel());
-    }
+    for (const auto& [name, count] : counted->second) s.counts[name] = on_host(count);
   }
   return out;
 }

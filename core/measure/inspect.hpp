@@ -23,6 +23,7 @@ struct LayerStatistics {
   double residual_rms = 0;                       // of the residual stream behind it
   std::map<std::string, double> state_rms;       // of each row of decode state that the text leaves; of per-token rows, over its tokens
   std::map<std::string, std::vector<double>> counts;  // what the layer counts, such as tokens by expert: "expert_load"
+  std::map<std::string, std::vector<double>> observed;  // what its block tells of this text (Context::observe), such as by head: "attention_entropy"
 };
 // Of the layers of the main stack, with one document as input.
 std::vector<LayerStatistics> layer_statistics(Model& model, const std::vector<int64_t>& ids);

@@ -135,6 +135,7 @@ at::ScalarType Model::residual_dtype() const { return plan_->model.residual_in_f
 MicroBatchPtr Model::micro_batch(const Batch& batch, const Denominators& over, bool training) const {
   const MicroBatchPtr micro = std::make_shared<MicroBatch>(MicroBatch{.batch = &batch, .tokens = TokenLayout(batch.spans, store_->ranks()), .over = over, .training = training});
   if (training) micro->token_n = at::arange(batch.first_token, batch.first_token + batch.spans.num_tokens(), batch.ids_n.options());
+  else if (balanced_routing_) micro->token_n = batch.spans.positions_n(batch.ids_n.device()) * batch.spans.size() + batch.spans.span_index_n(batch.ids_n.device());
   return micro;
 }
 
@@ -196,6 +197,8 @@ at::Tensor Model::run_block(const Layer& layer, const at::Tensor& x, MicroBatch&
   };
   ctx.set_valid(own_rows(pass.valid_n));
   if (micro.training) ctx.set_draws({.seed = seed_, .layer = fmt::format("{}{}", layer.weights, pass.number), .token_n = own_rows(micro.token_n)});
+  if (balanced_routing_) ctx.set_balanced_routing(own_rows(micro.token_n));
+  ctx.set_observing(observing_);
   ctx.set_decisions(decisions, replaying);
   if (micro.state) ctx.set_states(&micro.state->layer(layer.plan->index));
   at::Tensor y = layer.block->forward(in, weights, ctx);
@@ -217,6 +220,7 @@ at::Tensor Model::run_block(const Layer& layer, const at::Tensor& x, MicroBatch&
     auto [place, added] = counts_[layer.weights].emplace(name, here);
     if (!added) place->second = place->second + here;
   }
+  for (const auto& [name, values] : ctx.observed()) observed_[layer.plan->prefix].insert_or_assign(name, values);
 
   if (whole && info.output == Layout::kSequenceShard) y = tokens.gather_whole_shards(y);
   if (whole) y = tokens.keep_pieces(y);
@@ -372,6 +376,8 @@ at::Tensor Model::token_losses(const Batch& batch) {
 }
 
 LayerCounts Model::take_counts() { return std::exchange(counts_, {}); }
+
+LayerObserved Model::take_observed() { return std::exchange(observed_, {}); }
 
 void Model::after_step(const LayerCounts& counts) {
   at::NoGradGuard no_grad;

@@ -30,6 +30,8 @@ struct LossResult {
 
 // Statistics that blocks counted (Context::count), by layer prefix and name; summed over micro-batches until taken.
 using LayerCounts = std::map<std::string, Counts>;
+// What blocks offered of their latest pass (Context::observe), by the prefix of the layer itself, also where it shares weights, and name.
+using LayerObserved = std::map<std::string, std::map<std::string, at::Tensor, std::less<>>>;
 
 // Of tokens, without gradients.
 struct TokenScores {
@@ -44,7 +46,7 @@ struct MicroBatch {
   Denominators over;               // over the global batch
   bool training = false;
   const DecodeState* state = nullptr;
-  at::Tensor token_n = {};         // int64 [N], in training: the tokens' numbers in training's order
+  at::Tensor token_n = {};         // int64 [N], in training: the tokens' numbers in training's order; else only where routing is balanced: numbers that fill a range
   std::map<std::string, at::Tensor> aux = {};  // values of auxiliary losses, shares of the total
 };
 using MicroBatchPtr = std::shared_ptr<MicroBatch>;
@@ -94,6 +96,14 @@ class Model {
   void set_clock(StepClock* clock) { clock_ = clock; }
   StepClock* clock() const { return clock_; }
 
+  // Where `on`, blocks tell what they offer of a pass; in a single process.
+  void set_observing(bool on) { observing_ = on; }
+  // What they told since the last call.
+  LayerObserved take_observed();
+
+  // For measurements: experts are chosen evenly, see Context::balanced_routing.
+  void set_balanced_routing(bool on) { balanced_routing_ = on; }
+
   const ModelPlan& plan() const { return *plan_; }
   Store& store() { return *store_; }
 
@@ -116,10 +126,12 @@ class Model {
   Store* store_;
   int64_t seed_;
   StepClock* clock_ = nullptr;
+  bool observing_ = false, balanced_routing_ = false;
   std::vector<std::unique_ptr<Layer>> layers_;
   std::vector<std::vector<std::unique_ptr<Layer>>> head_layers_;  // by weight set
   std::unique_ptr<Head> head_;
   LayerCounts counts_;
+  LayerObserved observed_;
 };
 
 }  // namespace tessera

@@ -4,13 +4,13 @@
 
 struct Head {
   uint32_t size = sizeof(Head);
-  uint32_t abi = 2;
+  uint32_t abi = 3;
   const char* build_key = "";
   uint32_t block_type_size = 8, head_type_size = 8, param_size = 8, field_size = 8;
   void* (*make)() = nullptr;
 };
 #define ENTRY(...)                                                                    \
-  extern "C" __attribute__((visibility("default"))) const Head* tessera_plugin_2() {  \
+  extern "C" __attribute__((visibility("default"))) const Head* tessera_plugin_3() {  \
     static const Head head{__VA_ARGS__};                                              \
     return &head;                                                                     \
   }

@@ -1,3 +1,3 @@
 #include "head.hpp"
 
-extern "C" __attribute__((visibility("default"))) const Head* tessera_plugin_2() { return nullptr; }
+extern "C" __attribute__((visibility("default"))) const Head* tessera_plugin_3() { return nullptr; }

@@ -2,4 +2,4 @@
 namespace at::_ops {
 int operator_of_another_release(int);
 }
-extern "C" __attribute__((visibility("default"))) int tessera_plugin_2() { return at::_ops::operator_of_another_release(1); }
+extern "C" __attribute__((visibility("default"))) int tessera_plugin_3() { return at::_ops::operator_of_another_release(1); }

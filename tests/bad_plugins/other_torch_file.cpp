@@ -2,4 +2,4 @@
 namespace at {
 int of_another_file();
 }
-extern "C" __attribute__((visibility("default"))) int tessera_plugin_2() { return at::of_another_file(); }
+extern "C" __attribute__((visibility("default"))) int tessera_plugin_3() { return at::of_another_file(); }

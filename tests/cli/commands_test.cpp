@@ -287,7 +287,17 @@ TEST_F(OnARun, InspectTellsOfTensorsAndLayers) {
     for (const auto& [name, rms] : layer.at("state_rms").items()) EXPECT_GT(rms, 0) << name;
   }
   EXPECT_FALSE(read.at("layers")[1].at("state_rms").empty());
+  EXPECT_TRUE(read.at("layers")[0].at("observed").empty());
+  const json entropy = read.at("layers")[1].at("observed").at("attention_entropy");
+  double most = 0;  // where every token looks at all before it alike
+  for (size_t i = 1; i <= text.size(); ++i) most += std::log(static_cast<double>(i)) / static_cast<double>(text.size());
+  ASSERT_EQ(entropy.size(), 2u) << "a number for each query head";
+  for (const json& head : entropy) {
+    EXPECT_GT(head.get<double>(), 0.5 * most) << "a model that is hardly trained looks everywhere";
+    EXPECT_LT(head.get<double>(), most);
+  }
   EXPECT_NE(tessera({"inspect", "run", "--prompt", text}).out.find("expert_load ["), std::string::npos);
+  EXPECT_NE(tessera({"inspect", "run", "--prompt", text}).out.find("attention_entropy ["), std::string::npos);
   EXPECT_EQ(tessera({"inspect", "run", "--prompt", ""}).code, 2);
   EXPECT_EQ(tessera({"inspect", "run", "--prompt-ids", "1,300"}).code, 2);
   EXPECT_EQ(tessera({"inspect", "none"}).code, 4);

@@ -335,6 +335,43 @@ TEST(Step, SharedExpertsCountAllTheirLayers) {
   EXPECT_EQ(result.counts.begin()->second.at("expert_load").sum().item<double>(), 2.0 * 2 * 48);  // layers x top_k x tokens
 }
 
+TEST(Step, BalancedRoutingLoadsExpertsAlike) {
+  for (const bool recompute : {false, true}) {
+    Trained run(text("O*L/OL", kHead), {.recompute = recompute ? std::vector<std::string>{"*"} : std::vector<std::string>{}});
+    run.built.model.set_balanced_routing(true);
+    Batch batch = rows({0, 1});
+    batch.first_token = 960;
+    const StepResult result = accumulate(run.built.model, {batch});
+    EXPECT_EQ(result.counts.size(), 4u) << "two layers, and two of the head";
+    for (const auto& [layer, counts] : result.counts) {
+      const at::Tensor& load_e = counts.at("expert_load");
+      EXPECT_EQ(load_e.sum().item<double>() > 0, true) << layer;
+      if (layer.starts_with("layers.")) EXPECT_LE((load_e.max() - load_e.min()).item<double>(), 1) << layer;
+      EXPECT_GT(run.built.store.gradient(layer + "gate.weight").abs().max().item<double>(), 0) << layer;
+    }
+  }
+}
+
+// Tokens are numbered by their positions and sequences, so that a step of decoding chooses as the pass over all does.
+TEST(Step, BalancedRoutingIsOneInPrefillAndDecoding) {
+  const at::NoGradGuard no_grad;
+  Built built(text("O*L"));
+  const at::Tensor ids_bt = random_ids(24, kVocab, 5).view({3, 8});
+  const auto spans = [](int64_t start, int64_t length) { return Spans({{0, start, length, 8, 0}, {1, start, length, 8, 1}, {2, start, length, 8, 2}}); };
+  const auto part = [&](int64_t start, int64_t length, DecodeState* state) {
+    return built.model.hidden({.ids_n = ids_bt.narrow(1, start, length).reshape({-1}), .spans = spans(start, length)}, state).view({3, length, 24});
+  };
+  const at::Tensor natural = part(0, 8, nullptr);
+  built.model.set_balanced_routing(true);
+  DecodeState state(built.plan, 3, at::kCPU, at::kFloat);
+  const at::Tensor all = part(0, 8, nullptr);
+  part(0, 7, &state);
+  EXPECT_TRUE(close(part(7, 1, &state), all.narrow(1, 7, 1), kStack));
+  EXPECT_GT((all - natural).abs().max().item<double>(), 0.01) << "the router chooses otherwise";
+  built.model.set_balanced_routing(false);
+  EXPECT_TRUE(bit_equal(part(0, 8, nullptr), natural));
+}
+
 TEST(Step, TiedEmbeddingsTrainOneMatrix) {
   Trained run(text("ME"), {.sets = {"model.tie_embeddings=true"}});
   const std::vector<std::string> names = parameter_names(run.built.plan);

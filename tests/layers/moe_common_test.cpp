@@ -1,6 +1,7 @@
 #include "layers/moe_common.hpp"
 
 #include <ATen/TensorOperators.h>
+#include <ATen/ops/arange.h>
 #include <ATen/ops/linear.h>
 #include <ATen/ops/rand.h>
 #include <ATen/ops/randn.h>
@@ -45,8 +46,8 @@ struct Layer {
   }
 };
 
-// Every expert on every token, and a mask of the chosen ones.
-at::Tensor dense(const Layer& layer, const MoeConfig& c, const at::Tensor& x_nd, const at::Tensor& z_nl) {
+// Every expert on every token, and a mask of the chosen ones, by the scores or as given.
+at::Tensor dense(const Layer& layer, const MoeConfig& c, const at::Tensor& x_nd, const at::Tensor& z_nl, const at::Tensor& given_ne = {}) {
   const auto W = [&](const char* name) { return layer.weights[name].tensor(); };
   const auto relu2 = [](const at::Tensor& t) { return at::relu(t) * at::relu(t); };
   const auto s_ne = at::sigmoid(at::linear(x_nd, W("gate.weight")));
@@ -54,7 +55,7 @@ at::Tensor dense(const Layer& layer, const MoeConfig& c, const at::Tensor& x_nd,
   const auto rank_ng = std::get<0>(biased_ngs.sort(-1, true)).narrow(2, 0, 2).sum(2);
   const auto keep_ng = rank_ng.ge(std::get<0>(rank_ng.sort(1, true)).select(1, c.topk_group - 1).unsqueeze(1));
   const auto open_ne = biased_ngs.masked_fill(keep_ng.logical_not().unsqueeze(2), -1e9).flatten(1);
-  const auto chosen_ne = open_ne.ge(std::get<0>(open_ne.sort(1, true)).select(1, c.top_k - 1).unsqueeze(1));
+  const auto chosen_ne = given_ne.defined() ? given_ne : open_ne.ge(std::get<0>(open_ne.sort(1, true)).select(1, c.top_k - 1).unsqueeze(1));
   const auto kept_ne = s_ne * chosen_ne;
   const auto weight_ne = kept_ne / (kept_ne.sum(1, true) + 1e-20) * c.scaling;
   auto out = at::zeros_like(z_nl);
@@ -81,6 +82,32 @@ TEST(MoeCommon, RoutedExpertsEqualTheDenseForm) {
   for (size_t i = 0; i < inputs.size(); ++i) EXPECT_TRUE(close(got_grads[i], want_grads[i], tolerance(at::kDouble, Op::kModel))) << "input " << i;
   EXPECT_TRUE(ctx.losses().empty());
   EXPECT_TRUE(ctx.counts().empty());
+}
+
+// Groups of which a token may use two do not hold it, and weights come from the scores, with their gradient.
+TEST(MoeCommon, BalancedRoutingReplacesTheChoiceAlone) {
+  auto c = example();
+  c.aux_loss_coeff = 0, c.z_loss_coeff = 0;
+  const Layer layer(c);
+  const auto spans = Spans::documents({7, 1, 22});
+  Context ctx(spans);
+  ctx.set_training(true);
+  ctx.set_balanced_routing(at::arange(5, 5 + kTokens, at::kLong));
+  auto given_ne = at::zeros({kTokens, c.num_experts}, at::kBool);
+  for (int64_t i = 0; i < kTokens; ++i)
+    for (int64_t j = 0; j < c.top_k; ++j) given_ne[i][((i + 5) * c.top_k + j) % c.num_experts].fill_(true);
+  const auto x_nd = at::randn({kTokens, kEnv.hidden_size}, at::kDouble).set_requires_grad(true);
+  const auto z_nl = at::randn({kTokens, kLatent}, at::kDouble).set_requires_grad(true);
+  const auto got = routed_experts(ctx, x_nd, z_nl, layer.weights, c), want = dense(layer, c, x_nd, z_nl, given_ne);
+  EXPECT_TRUE(close(got, want, tolerance(at::kDouble, Op::kModel)));
+  std::vector<at::Tensor> inputs{x_nd, z_nl};
+  inputs.insert(inputs.end(), layer.tensors.begin(), layer.tensors.begin() + 3);
+  const auto dy = at::randn_like(got);
+  const auto got_grads = torch::autograd::grad({got}, inputs, {dy}), want_grads = torch::autograd::grad({want}, inputs, {dy});
+  for (size_t i = 0; i < inputs.size(); ++i) EXPECT_TRUE(close(got_grads[i], want_grads[i], tolerance(at::kDouble, Op::kModel))) << "input " << i;
+  const auto load_e = ctx.counts().at("expert_load");
+  EXPECT_LE((load_e.max() - load_e.min()).item<float>(), 1);
+  EXPECT_EQ(load_e.sum().item<float>(), static_cast<float>(kTokens * c.top_k));
 }
 
 TEST(MoeCommon, SharedExpertsAreAdded) {

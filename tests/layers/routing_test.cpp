@@ -2,6 +2,7 @@
 
 #include <ATen/TensorOperators.h>
 #include <ATen/core/grad_mode.h>
+#include <ATen/ops/arange.h>
 #include <ATen/ops/rand.h>
 #include <ATen/ops/randn.h>
 #include <ATen/ops/sigmoid.h>
@@ -139,6 +140,22 @@ TEST(Routing, ANanIsChosenLast) {
   scores_ne.select(1, 2).fill_(std::numeric_limits<float>::quiet_NaN());
   EXPECT_FALSE(choose_experts(scores_ne, {}, 7).eq(2).any().item<bool>());
   EXPECT_TRUE(bit_equal(choose_experts(scores_ne, {}, 8), choose_experts_ref(scores_ne, {}, 8)));
+}
+
+TEST(Routing, EvenExpertsAreEvenOnAnyRangeOfTokens) {
+  for (const auto& [k, E] : {std::pair<int64_t, int64_t>{3, 8}, {2, 4}, {1, 5}, {5, 5}, {22, 512}})
+    for (const int64_t first : {int64_t{0}, int64_t{7}, int64_t{1} << 62})
+      for (const int64_t n : {0, 1, 6, 100}) {
+        const auto got_nk = even_experts(at::arange(first, first + n, at::kLong), k, E);
+        ASSERT_EQ(got_nk.sizes(), (at::IntArrayRef{n, k}));
+        if (n == 0) continue;
+        const auto load_e = expert_counts(got_nk, {}, E);
+        EXPECT_LE((load_e.max() - load_e.min()).item<float>(), 1) << k << " of " << E << " from " << first;
+        if (k > 1) EXPECT_TRUE(got_nk.narrow(1, 1, k - 1).gt(got_nk.narrow(1, 0, k - 1)).all().item<bool>()) << "ascending, none twice";
+      }
+  const auto wraps = even_experts(at::tensor({2, 3}, at::kLong), 3, 8), want = at::tensor({0, 6, 7, 1, 2, 3}, at::kLong).view({2, 3});
+  EXPECT_TRUE(bit_equal(wraps, want));
+  EXPECT_THROW(even_experts(at::tensor({2}, at::kLong), 9, 8), Error);
 }
 
 TEST(Routing, WeightsWithoutNorm) {

@@ -2,7 +2,7 @@
 #pragma once
 #include <torch/headeronly/version.h>
 
-#define TESSERA_ABI 2  // raised with every change to the contract in these headers
+#define TESSERA_ABI 3  // raised with every change to the contract in these headers
 
 #define TESSERA_STR2(x) #x
 #define TESSERA_STR(x) TESSERA_STR2(x)

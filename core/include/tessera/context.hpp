@@ -81,6 +81,12 @@ class Context {
   // Adds `counts` (fp32, any shape, no gradient) to the statistic `name` of this layer over the global batch. Ignored in a replay and outside training.
   // Over several ranks as in add_loss.
   void count(std::string_view name, const at::Tensor& counts);
+  // Offers a statistic of what the block computes here, small and floating point, such as one number a head: `tessera inspect` shows it.
+  // `compute` is called only while the layer is inspected, which happens in a single process and without gradients.
+  void observe(std::string_view name, const std::function<at::Tensor()>& compute);
+  // int64 [N], a number for each token of x_nd, where a measurement wants even choices instead of a router's own (even_experts of
+  // layers/routing.hpp); undefined everywhere else.
+  const at::Tensor& balanced_routing() const { return balanced_routing_n_; }
 
   // Set by the core.
   void set_training(bool on) { training_ = on; }
@@ -92,8 +98,11 @@ class Context {
   void set_states(const std::map<std::string, at::Tensor, std::less<>>* states) { states_ = states; }
   void set_decisions(Decisions* decisions, bool replaying) { decisions_ = decisions, replaying_ = replaying; }
   void set_draws(Draws draws) { draws_ = std::move(draws); }
+  void set_observing(bool on) { observing_ = on; }
+  void set_balanced_routing(at::Tensor number_n) { balanced_routing_n_ = std::move(number_n); }
   const std::vector<LossTerm>& losses() const { return losses_; }
   const std::map<std::string, at::Tensor, std::less<>>& counts() const { return counts_; }
+  const std::map<std::string, at::Tensor, std::less<>>& observed() const { return observed_; }
 
  private:
   const Spans* spans_;
@@ -101,13 +110,13 @@ class Context {
   const BlockGroups* groups_ = nullptr;
   const ContextCut* cut_ = nullptr;
   int64_t sequence_tokens_ = -1;
-  bool training_ = false, replaying_ = false;
-  at::Tensor valid_n_;
+  bool training_ = false, replaying_ = false, observing_ = false;
+  at::Tensor valid_n_, balanced_routing_n_;
   const std::map<std::string, at::Tensor, std::less<>>* states_ = nullptr;
   Decisions* decisions_ = nullptr;
   std::optional<Draws> draws_;
   std::vector<LossTerm> losses_;
-  std::map<std::string, at::Tensor, std::less<>> counts_;
+  std::map<std::string, at::Tensor, std::less<>> counts_, observed_;
 };
 
 }  // namespace tessera

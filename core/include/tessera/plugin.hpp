@@ -112,7 +112,7 @@ Manifest* make_manifest() {
 }  // namespace tessera
 
 #define TESSERA_PLUGIN(...)                                                              \
-  extern "C" __attribute__((visibility("default"))) const ::tessera::PluginHead* tessera_plugin_2() { \
+  extern "C" __attribute__((visibility("default"))) const ::tessera::PluginHead* tessera_plugin_3() { \
     static const ::tessera::PluginHead head{.build_key = TESSERA_BUILD_KEY,              \
                                             .make = &::tessera::detail::make_manifest<__VA_ARGS__>}; \
     return &head;                                                                        \
