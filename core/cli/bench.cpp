@@ -34,7 +34,7 @@ namespace {
 using nlohmann::json;
 
 json to_json(const BenchResult& r) {
-  json out{{"config", r.config}, {"dtype", r.dtype}, {"device", r.device}, {"params", r.params}, {"peak_bytes", r.peak_bytes},
+  json out{{"config", r.config}, {"dtype", r.dtype}, {"device", r.device}, {"routing", r.routing}, {"params", r.params}, {"peak_bytes", r.peak_bytes},
            {"train", {{"tokens_per_s", r.train_tokens_per_s}, {"step_s", r.train_step_s}, {"flops_per_s", r.train_flops_per_s}, {"samples_s", r.step_s.values},
                       {"quartiles_s", {r.step_s.quantile(0.25), r.step_s.quantile(0.75)}}, {"warm_up_steps", r.warm_up_steps}}},
            {"decode", {{"tokens_per_s", r.decode_tokens_per_s}, {"prefill_tokens_per_s", r.prefill_tokens_per_s}}},
@@ -110,7 +110,7 @@ int print_comparison(const std::vector<std::string>& files, bool as_json) {
 
 void print(const BenchResult& r) {
   const auto percent = [](double value, double of) { return of > 0 ? 100 * value / of : 0; };
-  fmt::print("{}: {} parameters, {} on {}{}{}\n", r.config, r.params, r.dtype, r.device, r.ranks.empty() ? "" : fmt::format(", {} ranks", r.ranks.size()),
+  fmt::print("{}: {} parameters, {} on {}{}, {} routing{}\n", r.config, r.params, r.dtype, r.device, r.ranks.empty() ? "" : fmt::format(", {} ranks", r.ranks.size()), r.routing,
              r.matrix_peak > 0 ? fmt::format("; this machine: {:.4g} FLOP/s in matrix products, {:.4g} bytes/s in copies", r.matrix_peak, r.memory_peak) : "");
   if (r.train_step_s > 0)
     fmt::print("  train    {:>10.1f} tokens/s   {:.3f} s a step ({:.3f} to {:.3f}, {} steps after {} to warm up)   {:.4g} FLOP/s, {:.1f} % of the matrix peak   peak memory {:.0f} MiB\n", r.train_tokens_per_s,
@@ -257,6 +257,7 @@ void add_bench(CLI::App& app, Run& run) {
   verb->add_option("--decode-context", o->bench.decode_context, "tokens before the first timed one")->capture_default_str()->check(whole(1));
   verb->add_option("--decode-tokens", o->bench.decode_tokens, "timed tokens a sequence; 0: no decoding")->capture_default_str()->check(whole(0));
   verb->add_option("--contexts", o->bench.contexts, "lengths at which prefill and decoding of one sequence are measured")->delimiter(',')->type_name("N,...")->check(whole(1));
+  verb->add_option("--routing", o->bench.routing, "natural: as the random weights' routers choose; balanced: every expert gets the same number of tokens")->capture_default_str()->check(CLI::IsMember({"natural", "balanced"}));
   verb->add_flag("!--no-check", o->bench.check, "does not compare the blocks with fp64 first");
   verb->add_flag("!--no-peaks", o->bench.peaks, "does not measure the machine's matrix and memory peaks");
   verb->add_flag("--json", o->json, "one JSON document on stdout");

@@ -97,7 +97,7 @@ class Subject {
       : config_(config), options_(options), ranks_(ranks), mesh_(ranks ? ranks->mesh() : Mesh{}), device_(choose_device(config.training.device, ranks)),
         dtype_(choose_dtype(config.training.dtype, device_, ranks)), plan_(make_plan(config, mesh_)) {
     config_.training.dtype = dtype_name(dtype_);
-    result_ = {.config = config.source, .dtype = dtype_name(dtype_), .device = device_.str(), .params = totals(plan_).trained};
+    result_ = {.config = config.source, .dtype = dtype_name(dtype_), .device = device_.str(), .routing = options.routing, .params = totals(plan_).trained};
     if (options.check && !ranks) result_.unchecked = check_blocks(config, dtype_, device_).too_large;
     if (device_.is_cpu() && !ranks) require_memory(plan_, options.steps > 0 ? &config.training : nullptr);
     release_kept_blocks();
@@ -107,6 +107,7 @@ class Subject {
                                      StoreOptions{.reshard_after_forward = config.parallelism.reshard_after_forward, .reduce_in_fp32 = config.parallelism.reduce_dtype == "float32"});
     store_->initialise(config.training.seed);
     model_ = std::make_unique<Model>(plan_, *store_, recomputed_bindings(config.activation_checkpoint), config.training.seed);
+    model_->set_balanced_routing(options.routing == "balanced");
     if (options.steps > 0) {
       optimizer_ = std::make_unique<Optimizer>(*store_, config.optimizer);
       batches_ = random_batches(config, device_, mesh_, data_rank(ranks));

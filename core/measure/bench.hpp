@@ -16,6 +16,7 @@ struct BenchOptions {
   int64_t decode_context = 64;   // tokens before the first timed one
   int64_t decode_tokens = 32;    // timed tokens a sequence; 0: none
   std::vector<int64_t> contexts; // lengths at which prefill and decoding of one sequence are measured
+  std::string routing = "natural";  // or "balanced": tokens go to experts evenly, whatever the router scores
   bool check = true;             // the blocks against fp64 before anything is timed
   bool peaks = true;             // measures what the machine does at best
 };
@@ -53,7 +54,7 @@ struct RankTime {
 };
 
 struct BenchResult {
-  std::string config, dtype, device;
+  std::string config, dtype, device, routing;
   int64_t params = 0, peak_bytes = 0;  // of the rank that takes most
   int64_t warm_up_steps = 0;           // until a step took no less than those before
   Samples step_s;                      // of training

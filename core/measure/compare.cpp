@@ -85,8 +85,8 @@ std::vector<Comparison> compare_bench(const std::string& file_a, const std::stri
     Comparison c{.config = x["config"].get<std::string>(), .other = y["config"].get<std::string>(), .a = {x["train"]["samples_s"].get<std::vector<double>>()}, .b = {y["train"]["samples_s"].get<std::vector<double>>()}};
     c.ratio = c.b.median() > 0 ? c.a.median() / c.b.median() : 0;
     c.p = mann_whitney_p(c.a.values, c.b.values);
-    for (const char* key : {"dtype", "device", "params"})
-      if (x.value(key, json()) != y.value(key, json())) c.warning += fmt::format("{}{} {} and {}", c.warning.empty() ? "" : ", ", key, x.value(key, json()).dump(), y.value(key, json()).dump());
+    for (const auto& [key, unsaid] : std::vector<std::pair<const char*, json>>{{"dtype", {}}, {"device", {}}, {"params", {}}, {"routing", "natural"}})
+      if (x.value(key, unsaid) != y.value(key, unsaid)) c.warning += fmt::format("{}{} {} and {}", c.warning.empty() ? "" : ", ", key, x.value(key, unsaid).dump(), y.value(key, unsaid).dump());
     if (a.contains("context") && b.contains("context") && a["context"].value("machine", "") != b["context"].value("machine", "")) c.warning += (c.warning.empty() ? "" : ", ") + std::string("other machine or version");
     out.push_back(std::move(c));
   }

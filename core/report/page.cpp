@@ -158,7 +158,7 @@ json bench_json(const json& bench, bool with_file) {
   const std::filesystem::path file(text(bench, "config"));
   std::string label = file.filename() == "config.toml" && file.has_parent_path() ? file.parent_path().filename() / file.filename() : file.filename();
   if (with_file) label += fmt::format(" in {}", text(bench, "file"));
-  json out{{"label", label}, {"about", fmt::format("{} on {}, {:.6g} parameters", text(bench, "dtype"), text(bench, "device"), number(bench, "", "params"))},
+  json out{{"label", label}, {"about", fmt::format("{} on {}, {:.6g} parameters{}", text(bench, "dtype"), text(bench, "device"), number(bench, "", "params"), text(bench, "routing") == "balanced" ? ", balanced routing" : "")},
            {"peak_bytes", number(bench, "", "peak_bytes")}, {"matrix_peak", number(bench, "", "matrix_peak_flops_per_s")}, {"memory_peak", number(bench, "", "memory_peak_bytes_per_s")}};
   for (const char* key : {"tokens_per_s", "step_s", "flops_per_s"}) out["train"][key] = drawn(number(bench, "train", key));
   for (const char* key : {"tokens_per_s", "prefill_tokens_per_s"}) out["decode"][key] = drawn(number(bench, "decode", key));

@@ -131,6 +131,7 @@ TEST_F(Commands, BenchIsOneDocument) {
   EXPECT_GT(bench.at("peak_bytes").get<int64_t>(), 0);
   const json plan = document(tessera({"plan", "tiny.toml", "--json"}));
   EXPECT_EQ(bench.at("params"), plan.at("totals").at("trained"));
+  EXPECT_EQ(bench.at("routing"), "natural");
   double seconds = 0;
   std::set<std::string> parts;
   for (const json& part : bench.at("parts")) {
@@ -151,7 +152,7 @@ TEST_F(Commands, BenchTakesTurnsAndComparesWhatItMeasured) {
     return tessera(words);
   };
   put_file(folder_ / "more.toml", file_text(folder_ / "tiny.toml"));
-  const json both = document(bench({"tiny.toml", "more.toml", "--json", "--contexts", "4,32"}));
+  const json both = document(bench({"tiny.toml", "more.toml", "--json", "--contexts", "4,32", "--routing", "balanced"}));
   ASSERT_EQ(both.at("results").size(), 2u);
   for (const json& result : both.at("results")) {
     EXPECT_EQ(result.at("train").at("samples_s").size(), 3u);
@@ -160,12 +161,16 @@ TEST_F(Commands, BenchTakesTurnsAndComparesWhatItMeasured) {
     EXPECT_EQ(result.at("contexts")[1].at("context"), 32);
     EXPECT_GT(result.at("contexts")[1].at("state_bytes"), result.at("contexts")[0].at("state_bytes"));
     EXPECT_TRUE(result.at("unchecked").empty());
+    EXPECT_EQ(result.at("routing"), "balanced");
   }
   // What compare.py of Google Benchmark reads.
   ASSERT_EQ(both.at("benchmarks").size(), 8u);
   for (const json& row : both.at("benchmarks"))
     for (const char* key : {"name", "run_type", "real_time", "cpu_time", "time_unit"}) EXPECT_TRUE(row.contains(key)) << key;
   EXPECT_TRUE(both.contains("context"));
+
+  EXPECT_NE(bench({"tiny.toml"}).out.find(" on cpu, natural routing; "), std::string::npos);
+  EXPECT_EQ(bench({"tiny.toml", "--routing", "even"}).code, 2);
 
   put_file(folder_ / "a.json", bench({"tiny.toml", "--json"}).out);
   const json same = document(tessera({"bench", "--compare", "a.json", "a.json", "--json"}));

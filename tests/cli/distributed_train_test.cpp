@@ -102,6 +102,13 @@ TEST_F(DistributedTrain, BenchMeasuresALayout) {
     for (const nlohmann::json& part : bench["parts"]) parts.insert(part["part"].get<std::string>());
     EXPECT_EQ(parts, (std::set<std::string>{"mamba2", "gqa", "moe", "mlp", "mtp", "embedding", "lm_head", "optimizer"})) << mesh;
   }
+  // Rows that go to experts are planned as evenly spread, which they are where routing is balanced.
+  const Finished even = tessera({"launch", "-n", "2", "bench", "tiny.toml", "--json", "--mesh", "dp_shard=2,ep=2", "--routing", "balanced", "--steps", "1", "--decode-tokens", "0", "--set", "training.num_threads=1"});
+  ASSERT_EQ(even.code, 0) << even.err;
+  for (const nlohmann::json& rank : nlohmann::json::parse(even.out)["ranks"]) {
+    EXPECT_GT(rank["sent_bytes"]["ep"].get<int64_t>(), 0) << rank.dump();
+    EXPECT_EQ(rank["sent_bytes"], rank["planned_bytes"]);
+  }
   const Finished missing = tessera({"launch", "-n", "2", "bench", "tiny.toml"});
   EXPECT_EQ(missing.code, 2);
   EXPECT_NE(missing.err.find("--mesh: is missing: it says how the 2 ranks divide the work"), std::string::npos) << missing.err;

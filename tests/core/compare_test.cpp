@@ -49,6 +49,12 @@ TEST_F(CompareBench, TellsTheRatioAndWhetherItIsNoise) {
   EXPECT_EQ(clear[0].warning, "");
   EXPECT_GT(compare_bench(put("a", {2, 2.1, 2.2}), put("b", {2.05, 2.15, 1.9}))[0].p, 0.05);
   EXPECT_EQ(compare_bench(put("a", {1}), put("b", {1}, "bfloat16", "n"))[0].warning, "dtype \"float32\" and \"bfloat16\", other machine or version");
+  const auto routed = [&](const std::string& name, const std::string& routing) {
+    put_file(folder_ / name, fmt::format(R"({{"config": "c.toml", "dtype": "float32", "device": "cpu", "params": 5, "routing": "{}", "train": {{"samples_s": [1]}}}})", routing));
+    return (folder_ / name).string();
+  };
+  EXPECT_EQ(compare_bench(put("a", {1}), routed("b", "natural"))[0].warning, "") << "documents that do not say are of natural routing";
+  EXPECT_EQ(compare_bench(put("a", {1}), routed("b", "balanced"))[0].warning, "routing \"natural\" and \"balanced\"");
 }
 
 TEST_F(CompareBench, RefusesWhatIsNoDocument) {
