@@ -122,15 +122,16 @@ int64_t current_memory_bytes() {
   return resident * ::sysconf(_SC_PAGESIZE);
 }
 
+std::string processor_name() {
+  std::ifstream file("/proc/cpuinfo");
+  for (std::string line; std::getline(file, line);)
+    if (line.starts_with("model name"))
+      if (const size_t colon = line.find(": "); colon != std::string::npos) return line.substr(colon + 2);
+  return "unknown processor";
+}
+
 std::string machine_text() {
-  std::string processor = "processor unknown";
-  std::ifstream in("/proc/cpuinfo");
-  for (std::string line; std::getline(in, line);)
-    if (line.starts_with("model name") && line.find(": ") != std::string::npos) {
-      processor = line.substr(line.find(": ") + 2);
-      break;
-    }
-  return fmt::format("{}, {} cores, tessera {}", processor, std::thread::hardware_concurrency(), TESSERA_VERSION);
+  return fmt::format("{}, {} cores, tessera {}", processor_name(), std::thread::hardware_concurrency(), TESSERA_VERSION);
 }
 
 }  // namespace tessera

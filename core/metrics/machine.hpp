@@ -21,6 +21,8 @@ void forget_peak_memory();
 int64_t peak_memory_bytes();
 int64_t current_memory_bytes();
 
+// "AMD EPYC 9B45"; "unknown processor" where the system does not say.
+std::string processor_name();
 // "AMD EPYC 9B45, 2 cores, tessera 0.1.0".
 std::string machine_text();
 

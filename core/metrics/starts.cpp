@@ -3,10 +3,10 @@
 #include <fmt/chrono.h>
 #include <unistd.h>
 
-#include <fstream>
 #include <string>
 
 #include "checkpoint/file.hpp"
+#include "metrics/machine.hpp"
 #include "parallel/rendezvous.hpp"
 #include "tessera/build_key.hpp"
 
@@ -14,21 +14,9 @@ namespace tessera {
 
 using nlohmann::json;
 
-namespace {
-
-std::string cpu_name() {
-  std::ifstream file("/proc/cpuinfo");
-  for (std::string line; std::getline(file, line);)
-    if (line.starts_with("model name"))
-      if (const size_t colon = line.find(": "); colon != std::string::npos) return line.substr(colon + 2);
-  return "unknown";
-}
-
-}  // namespace
-
 json describe_start() {
   return {{"time", fmt::format("{:%Y-%m-%dT%H:%M:%SZ}", fmt::gmtime(std::time(nullptr)))}, {"version", TESSERA_VERSION}, {"build", TESSERA_BUILD_KEY}, {"host", host_name()},
-          {"cpu", cpu_name()}, {"cores", ::sysconf(_SC_NPROCESSORS_ONLN)}, {"memory_bytes", ::sysconf(_SC_PHYS_PAGES) * ::sysconf(_SC_PAGESIZE)}};
+          {"cpu", processor_name()}, {"cores", ::sysconf(_SC_NPROCESSORS_ONLN)}, {"memory_bytes", ::sysconf(_SC_PHYS_PAGES) * ::sysconf(_SC_PAGESIZE)}};
 }
 
 void append_start(const std::filesystem::path& file, const json& start) {
