@@ -6,6 +6,7 @@
 #include <array>
 #include <chrono>
 #include <cstring>
+#include <nlohmann/json.hpp>
 
 #include "checkpoint/file.hpp"
 #include "tessera/error.hpp"
@@ -79,6 +80,17 @@ EventFile::~EventFile() { close_file(fd_); }
 void EventFile::scalar(std::string_view tag, int64_t step, double value) {
   const std::string entry = field(1, tag) + field(2, static_cast<float>(value));
   record(event(step, field(5, field(1, entry))));
+}
+
+void EventFile::line(const nlohmann::json& line) {
+  constexpr std::string_view kBy = "_by";
+  const auto step = line.at("step").get<int64_t>();
+  for (const auto& [key, value] : line.items()) {
+    if (value.is_number() && key != "step") scalar(key, step, value.get<double>());
+    if (!value.is_object() || !key.ends_with(kBy)) continue;
+    for (const auto& [group, part] : value.items())
+      if (part.is_number()) scalar(fmt::format("{}/{}", key.substr(0, key.size() - kBy.size()), group), step, part.get<double>());
+  }
 }
 
 void EventFile::record(const std::string& event) {

@@ -2,6 +2,7 @@
 #pragma once
 #include <cstdint>
 #include <filesystem>
+#include <nlohmann/json_fwd.hpp>
 #include <string>
 #include <string_view>
 
@@ -23,6 +24,8 @@ class EventFile {
   EventFile& operator=(const EventFile&) = delete;
   // Stored in fp32, not finite values too.
   void scalar(std::string_view tag, int64_t step, double value);
+  // The numbers of a line of metrics.jsonl at its step, each under its key; those by group, as of {"val_accuracy_by": {"pairs 4": 0.5}}, under "val_accuracy/pairs 4".
+  void line(const nlohmann::json& line);
   const std::filesystem::path& path() const { return path_; }
 
  private:

@@ -228,9 +228,7 @@ class Run {
       if (validation_ && (step_ % config_.validation.interval == 0 || last || step_ == options_.until)) add_validation(line);
       write(step_, [&] {
         if (metrics_) metrics_->write(line);
-        if (!events) return;
-        for (const auto& [key, value] : line.items())
-          if (value.is_number() && key != "step") events->scalar(key, step_, value.get<double>());
+        if (events) events->line(line);
       });
       if (!options_.quiet && (step_ % config_.metrics.log_interval == 0 || last || line.contains("val_loss")))
         progress(line, live, (seconds() - began) / static_cast<double>(step_ - first_step));

@@ -25,8 +25,12 @@ class TaskRun : public TinyRunTest {
 };
 
 TEST_F(TaskRun, ReportsAccuracyByGroup) {
-  const Finished done = train("run", {"training.steps=6"});
+  const Finished done = train("run", {"training.steps=6", "metrics.tensorboard=true"});
   ASSERT_EQ(done.code, 0) << done.err;
+  std::string events;
+  for (const std::string& name : entries(folder_ / "run"))
+    if (name.starts_with("events.out.tfevents")) events = file_text(folder_ / "run" / name);
+  for (const char* tag : {"val_accuracy/pairs 2", "val_accuracy/pairs 12"}) EXPECT_NE(events.find(tag), std::string::npos) << tag;
   const auto lines = metrics("run");
   ASSERT_EQ(lines.size(), 6u);
   for (size_t i = 0; i < 6; ++i) EXPECT_EQ(lines[i].contains("val_accuracy"), i == 2 || i == 5) << i;

@@ -7,6 +7,7 @@
 #include <fstream>
 #include <functional>
 #include <limits>
+#include <map>
 #include <nlohmann/json.hpp>
 
 #include "checkpoint/file.hpp"
@@ -180,6 +181,20 @@ TEST_F(Metrics, EventsDecodeToWhatWasWritten) {
   ASSERT_EQ(start.size(), 2u);
   EXPECT_EQ(start[1].numbers.at(2), 8u);
   EXPECT_EQ(Message(start[1].bytes.at(7)).numbers.at(1), 1u);
+}
+
+TEST_F(Metrics, EventsHaveTheNumbersOfALineAndThoseByGroup) {
+  EventFile file(folder_);
+  file.line(json{{"step", 5}, {"loss", 2.5}, {"val_accuracy", 0.75}, {"val_accuracy_by", {{"pairs 16", 0.5}, {"pairs 4", 1.0}, {"pairs 32", nullptr}}},
+                 {"layers.1.expert_load", {3, 1}}, {"sent_bytes", {{"tp", 7}}}, {"skipped", true}});
+  std::map<std::string, float> scalars;
+  for (const Message& event : read_events(file.path())) {
+    if (!event.bytes.contains(5)) continue;
+    EXPECT_EQ(event.numbers.at(2), 5u);
+    const Message value(Message(event.bytes.at(5)).bytes.at(1));
+    scalars[value.bytes.at(1)] = load<float>(value.bytes.at(2));
+  }
+  EXPECT_EQ(scalars, (std::map<std::string, float>{{"loss", 2.5f}, {"val_accuracy", 0.75f}, {"val_accuracy/pairs 16", 0.5f}, {"val_accuracy/pairs 4", 1.0f}}));
 }
 
 TEST(ProgressLine, Text) {
