@@ -6,10 +6,13 @@
 #include <fmt/format.h>
 
 #include "config/config.hpp"
+#include "sweep/patterns.hpp"
+#include "sweep/sweep.hpp"
 
 namespace tessera {
 
 namespace {
+constexpr auto kSweep = "sweep";
 using Row = std::vector<std::string>;
 
 struct Grid {
@@ -221,6 +224,15 @@ std::string markdown_of(const Sheet& sheet) {
 }
 
 Grid mixture_grid() { return key_grid("[[data.mixture]]: the components of source = \"mixture\"", data_component_schema(), false); }
+
+// What a sweep's file has beside [set] and [[axes]], which take any key of a configuration.
+std::vector<Grid> sweep_grids() {
+  return {key_grid("[sweep]: what is swept", sweep_schema(), false),
+          key_grid("[halving]: successive halving", halving_schema(), false),
+          key_grid("[match]: sizes that make trials cost the same; beside these keys target, a number or \"base\", and bend", match_schema(), false),
+          key_grid("bend of [match]: a key, a table of these, or an array of one or two", bend_schema(), false),
+          key_grid("patterns of [[axes]]: tables that make patterns, beside these keys with ratio, every and at", pattern_schema(), false)};
+}
 }  // namespace
 
 std::string describe_text(const Registry& registry, const std::string& name) {
@@ -231,6 +243,12 @@ std::string describe_text(const Registry& registry, const std::string& name) {
     if (table.name == name) return text_of(grid_of(table)).substr(1) + (name == "data" ? text_of(mixture_grid()) : "");
     tables.push_back(table.name);
   }
+  if (name == kSweep) {
+    std::string out;
+    for (const Grid& grid : sweep_grids()) out += text_of(grid);
+    return out.substr(1);
+  }
+  tables.emplace_back(kSweep);
   for (const BlockType* block : registry.blocks()) types.emplace_back(block->type());
   for (const HeadType* head : registry.heads()) types.emplace_back(head->type());
   auto all = types;
@@ -252,6 +270,10 @@ std::map<std::string, std::string> reference_markdown(const Registry& registry) 
     if (table.name == "data") core += markdown_of(mixture_grid());
   }
   core += note;
+  std::string& sweep = files["sweep.md"];
+  sweep = "# Sweep: the tables of its file\n\nWhat they mean: [sweeps](../sweeps.md), with [set] and [[axes]], which take any key of a configuration.\n";
+  for (const Grid& grid : sweep_grids()) sweep += markdown_of(grid);
+  sweep += note;
   return files;
 }
 

@@ -25,7 +25,7 @@ void add_plugins(CLI::App& app, Run& run) {
     };
   });
   CLI::App* describe = app.add_subcommand("describe", "keys, parameters, state and sources of a block or head type");
-  auto* type = describe->add_option("TYPE", o->type, "a block or head type, as `tessera plugins` lists them, or a table of the configuration");
+  auto* type = describe->add_option("TYPE", o->type, "a block or head type, as `tessera plugins` lists them, a table of the configuration, or sweep");
   describe->add_option("--markdown", o->markdown, "writes the whole reference into this folder instead")->excludes(type);
   describe->callback([o, &run] {
     run = [o] {

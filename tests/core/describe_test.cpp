@@ -2,6 +2,7 @@
 
 #include <gtest/gtest.h>
 
+#include "sweep/sweep.hpp"
 #include "tests/core/fake_blocks.hpp"
 
 namespace tessera {
@@ -43,6 +44,15 @@ TEST(Describe, ATable) {
   EXPECT_NE(describe_text(fake::registry(), "data").find("[[data.mixture]]"), std::string::npos);
 }
 
+TEST(Describe, TheTablesOfASweep) {
+  const std::string text = describe_text(fake::registry(), "sweep");
+  EXPECT_EQ(text.find("[sweep]: what is swept\n"), 0u) << text;
+  for (const char* key : {"\n  base ", "\n  stop_above ", "\n[halving]", "\n  rungs ", "\n[match]", "\n  tolerance ", "\nbend of [match]", "\n  multiple_of ", "\n  cell "}) EXPECT_NE(text.find(key), std::string::npos) << key;
+  const std::string page = reference_markdown(fake::registry()).at("sweep.md");
+  for (const auto& schema : {sweep_schema().list, halving_schema().list, match_schema().list, bend_schema().list})
+    for (const Field& field : schema) EXPECT_NE(page.find("\n| " + field.key + " | "), std::string::npos) << field.key;
+}
+
 TEST(Describe, NoSuchName) {
   try {
     describe_text(fake::registry(), "scann");
@@ -51,13 +61,13 @@ TEST(Describe, NoSuchName) {
     EXPECT_EQ(error.code(), ExitCode::kUsage);
     EXPECT_STREQ(error.what(), "error: no block, head or table \"scann\"\n"
                                "help: did you mean 'scan'? types: attn, dense, experts, latent_experts, scan, ahead; tables: run, model, training, validation, optimizer, "
-                               "lr_scheduler, activation_checkpoint, data, data.task, metrics, profiling, plugins, parallelism, checkpoint");
+                               "lr_scheduler, activation_checkpoint, data, data.task, metrics, profiling, plugins, parallelism, checkpoint, sweep");
   }
 }
 
 TEST(Describe, OneReferenceFileForEveryType) {
   const auto files = reference_markdown(fake::registry());
-  EXPECT_EQ(files.size(), 7u);
+  EXPECT_EQ(files.size(), 8u);
   EXPECT_TRUE(files.contains("ahead.md"));
   EXPECT_NE(files.at("attn.md").find("| width | integer in [1, 1000000000] | 4 | width |\n"), std::string::npos) << files.at("attn.md");
   EXPECT_NE(files.at("configuration.md").find("`\\|` cuts pipeline stages"), std::string::npos);
