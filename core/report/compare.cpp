@@ -70,16 +70,20 @@ std::string group_key(const RunData& run) {
   return key.empty() ? "run " + run.folder : key;
 }
 
-// A block that a pattern does not use has no keys, which says no more than the pattern does.
+// A block that a pattern does not use has no keys, which says no more than the pattern does; nor do the keys that a trial without a configuration does not set.
 std::vector<std::string> varied_keys(const std::vector<RunData>& runs) {
-  std::map<std::string, std::map<std::string, size_t>> values;
-  for (const RunData& run : runs)
+  std::map<std::string, std::set<std::string>> values;
+  std::map<std::string, size_t> said;  // by runs with a configuration
+  size_t configurations = 0;
+  for (const RunData& run : runs) {
+    configurations += run.configured;
     for (const auto& [key, value] : run.keys)
-      if (tells_apart(key)) ++values[key][value];
+      if (tells_apart(key)) values[key].insert(value), said[key] += run.configured;
+  }
   std::vector<std::string> varied;
-  for (const auto& [key, counts] : values) {
+  for (const auto& [key, different] : values) {
     const bool of_a_block = key.starts_with("blocks.") || key.starts_with("symbols.") || key.starts_with("heads.");
-    if (counts.size() > 1 || (!of_a_block && counts.begin()->second < runs.size())) varied.push_back(key);
+    if (different.size() > 1 || (!of_a_block && said[key] < configurations)) varied.push_back(key);
   }
   std::stable_partition(varied.begin(), varied.end(), [](const std::string& key) { return key == kPattern; });
   return varied;
@@ -106,6 +110,11 @@ void count(const RunComparison& c, RunGroup& group) {
     if (c.runs[run].done()) group.counted.push_back(run);
   group.unfinished = group.counted.empty();
   if (group.unfinished) group.counted = group.runs;
+  std::map<std::string, size_t> others;
+  for (const size_t run : group.runs)
+    if (!c.runs[run].done()) ++others[c.runs[run].state];
+  group.status = group.unfinished ? "" : fmt::format("{}{}", group.counted.size(), others.empty() ? "" : " done");
+  for (const auto& [state, number] : others) group.status += fmt::format("{}{} {}", group.status.empty() ? "" : ", ", number, state);
   for (const Measure& measure : measures()) {
     std::vector<double> values;
     for (const size_t run : group.counted) values.push_back(measure.of(c.runs[run]));

@@ -181,12 +181,12 @@ json bench_json(const json& bench, bool with_file) {
 
 json run_json(const RunData& run) {
   return {{"name", run.name}, {"folder", run.folder}, {"state", run.state}, {"error", run.error}, {"seed", run.seed ? json(*run.seed) : json()},
-          {"lines", run.metrics.steps.size()}, {"config", run.config_text}, {"starts", run.starts}, {"match", run.match}};
+          {"lines", run.metrics.steps.size()}, {"config", run.config_text}, {"starts", run.starts}, {"match", run.match}, {"fitted", fitted_text(run)}};
 }
 
 json group_json(const RunGroup& group, const RunComparison& c) {
   const RunData& first = c.runs[group.runs.front()];
-  json out{{"label", group.label}, {"values", group.values}, {"runs", group.runs}, {"counted", group.counted.size()}, {"unfinished", group.unfinished},
+  json out{{"label", group.label}, {"values", group.values}, {"runs", group.runs}, {"counted", group.counted.size()}, {"unfinished", group.unfinished}, {"status", group.status},
            {"stack", json::array()}, {"elements", first.elements}, {"memory", first.memory}, {"summaries", json::array()}, {"by", json::object()}};
   for (const StackCell& cell : first.stack)
     out["stack"].push_back({{"symbol", cell.symbol}, {"block", cell.block}, {"type", cell.type}, {"elements", cell.elements}, {"stage", cell.stage}, {"head", cell.head}});

@@ -105,7 +105,7 @@ function table() {
   const shown = data.measures.map((m, i) => i).filter(i => data.groups.some(g => g.summaries[i][0]));
   const columns = [...(keys.length ? keys.map((key, i) => ({ title: key.split(".").slice(-1)[0], about: key, word: true, text: g => g.values[i], sort: g => g.values[i] }))
     : [{ title: "run", word: true, text: g => g.label, sort: g => g.label }]),
-    { title: "runs", text: g => g.counted + (g.unfinished ? " unfinished" : g.runs.length > g.counted ? " of " + g.runs.length : ""), sort: g => g.counted },
+    { title: "runs", text: g => g.status, sort: g => g.counted },
     ...shown.map(i => ({ title: data.measures[i].title, text: g => interval(data.measures[i].name, g.summaries[i]), sort: g => g.summaries[i][1] }))];
   const head = make("tr"), body = make("tbody");
   let by = null, up = true;
@@ -364,7 +364,8 @@ function runs() {
     if (run.error) item.append(make("p", { class: "mark" }, run.error));
     item.append(make("p", { class: "soft" }, run.folder));
     for (const start of run.starts) item.append(make("p", { class: "soft" }, "start: " + Object.entries(start).map(([k, v]) => `${k} ${typeof v === "string" ? v : JSON.stringify(v)}`).join(", ")));
-    if (run.match !== null) item.append(make("p", { class: "soft" }, "match: " + JSON.stringify(run.match)));
+    if (run.match) item.append(make("p", { class: "soft" }, "match: " + run.match));
+    if (run.fitted) item.append(make("p", { class: "soft" }, "fitted: " + run.fitted));
     if (run.config) item.append(make("pre", {}, run.config));
     return item;
   }));

@@ -71,6 +71,17 @@ void flatten(const TomlNode& node, const std::string& prefix, std::map<std::stri
   }
 }
 
+// A setting of a trial is TOML: "\"M*\"" says M*.
+std::string plain_toml(const std::string& text) {
+  std::map<std::string, std::string> keys;
+  try {
+    flatten(parse_toml("value = " + text, "trial.json"), "", keys);
+  } catch (const Error&) {
+    return text;
+  }
+  return keys.size() == 1 && keys.contains("value") ? keys["value"] : text;
+}
+
 std::string first_line_of(const std::string& text) { return text.substr(0, text.find('\n')); }
 
 class Reader {
@@ -129,6 +140,7 @@ class Reader {
     try {
       run.config_text = printable(read_file(file));
       flatten(parse_toml(run.config_text, file.string()), "", run.keys);
+      run.configured = true;
     } catch (const Error& error) {
       run.notes.push_back(fmt::format("its config.toml cannot be read: {}", first_line_of(error.message())));
       return;
@@ -213,10 +225,20 @@ class Reader {
     text("state", run.state);
     text("error", run.error);
     if (auto seed = trial.find("seed"); seed != trial.end() && seed->is_number_integer()) run.seed = seed->get<int64_t>();
-    if (auto match = trial.find("match"); match != trial.end()) run.match = *match;
-    const auto sets = trial.find("sets");
-    if (!run.keys.empty() || sets == trial.end() || !sets->is_object()) return;
-    for (const auto& [key, value] : sets->items()) run.keys[key] = value.is_string() ? value.get<std::string>() : value.dump();
+    if (auto match = trial.find("match"); match != trial.end() && match->is_object()) {
+      if (const json said = match->value("text", json()); said.is_string()) run.match = said.get<std::string>();
+      run.match_error = number(match->value("error", json()));
+    }
+    const auto settings = [&](const char* table) {
+      std::map<std::string, std::string> out;
+      if (const auto sets = trial.find(table); sets != trial.end() && sets->is_object())
+        for (const auto& [key, value] : sets->items()) out[key] = value.is_string() ? plain_toml(value.get<std::string>()) : value.dump();
+      return out;
+    };
+    run.fitted = settings("fitted");
+    if (!run.keys.empty()) return;
+    run.keys = run.fitted;
+    run.keys.merge(settings("sets"));
     read_pattern(run);
   }
 

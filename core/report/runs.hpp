@@ -38,10 +38,11 @@ Metrics parse_metrics(std::string_view text);
 // One run folder, or one trial that has not begun.
 struct RunData {
   std::string name, folder;
-  std::string state;                 // done, failed, interrupted, running; without trial.json: done, unfinished, no metrics
-  std::string error;                 // of a failed trial
+  std::string state;                 // done, failed, interrupted, running, stopped, diverged; without trial.json: done, unfinished, no metrics
+  std::string error;                 // why a trial failed or ended early
   std::optional<int64_t> seed;
   std::string config_text;
+  bool configured = false;           // its configuration could be read
   std::map<std::string, std::string> keys;  // of the configuration, or of trial.json where there is none: "model.hidden_size" -> "64", strings without quotes
   std::vector<std::string> notes;    // what is wrong with it, in sentences
   std::vector<StackCell> stack;
@@ -50,7 +51,9 @@ struct RunData {
   std::map<std::string, double> memory;    // planned bytes of a rank: parameters, gradients, ...
   Metrics metrics;
   std::vector<nlohmann::json> starts;      // starts.jsonl: version and machine of each start
-  nlohmann::json match;                    // what trial.json says of it; null where nothing
+  std::string match;                       // of a trial: what it was matched in, and how near; empty where it was not
+  double match_error = 0;                  // signed share of the target
+  std::map<std::string, std::string> fitted;  // of a trial: keys that matching and the rule of the learning rate set
   bool done() const { return state == "done"; }
 };
 

@@ -70,6 +70,8 @@ std::string start_text(const RunData& run, const char* key) {
   return value.is_string() ? value.get<std::string>() : value.dump();
 }
 
+bool is_fitted(const RunData& run) { return !run.match.empty() || !run.fitted.empty(); }
+
 constexpr size_t kMostColumns = 6;  // of keys, in tables for people
 
 }  // namespace
@@ -92,6 +94,12 @@ std::string text_of(const Summary& s) {
   return fmt::format("{:.{}f} ± {:.{}f}", s.mean, decimals, s.half, decimals);
 }
 
+std::string fitted_text(const RunData& run) {
+  std::string out;
+  for (const auto& [key, value] : run.fitted) out += fmt::format("{}{} = {}", out.empty() ? "" : ", ", key, value);
+  return out;
+}
+
 std::string to_csv(const RunComparison& c) {
   const auto parts = by_parts(c);
   std::vector<std::string> cells{"group", "run", "folder", "state", "seed"};
@@ -99,6 +107,8 @@ std::string to_csv(const RunComparison& c) {
   for (const Measure& measure : measures()) cells.push_back(measure.name);
   for (const auto& [name, list] : parts)
     for (const std::string& part : list) cells.push_back(name + " " + part);
+  const bool fitted = std::any_of(c.runs.begin(), c.runs.end(), is_fitted);
+  if (fitted) cells.insert(cells.end(), {"match", "match_error", "fitted"});
   cells.insert(cells.end(), {"version", "host", "cpu", "device", "dtype", "error"});
   std::string out;
   const auto put = [&] {
@@ -118,6 +128,7 @@ std::string to_csv(const RunComparison& c) {
           const bool has = by != run.metrics.by.end() && by->second.contains(part);
           cells.push_back(has ? csv_number(by->second.at(part)) : "");
         }
+      if (fitted) cells.insert(cells.end(), {run.match, run.match.empty() ? "" : csv_number(run.match_error), fitted_text(run)});
       for (const char* key : {"version", "host", "cpu", "device", "dtype"}) cells.push_back(start_text(run, key));
       cells.push_back(run.error);
       put();
@@ -145,7 +156,7 @@ std::string to_markdown(const RunComparison& c) {
       cells.clear();
       for (size_t i = 0; i < keys; ++i) cells.push_back(markdown_cell(group.values[i]));
       if (!keys) cells.push_back(markdown_cell(group.label));
-      cells.push_back(fmt::format("{}{}", group.counted.size(), group.unfinished ? ", unfinished" : ""));
+      cells.push_back(markdown_cell(group.status));
       for (const size_t m : shown) cells.push_back(text_of(group.summaries[m]));
       out += row(cells);
     }
@@ -163,6 +174,16 @@ std::string to_markdown(const RunComparison& c) {
       for (const std::string& part : parts) cells.push_back(by->second.contains(part) ? text_of(by->second.at(part)) : "—");
       out += row(cells);
     }
+  }
+  if (std::any_of(c.runs.begin(), c.runs.end(), is_fitted)) {
+    out += "\n## What was fitted\n\n" + head({"", "match", "keys"});
+    for (const RunGroup& group : c.groups)
+      if (const RunData& run = c.runs[group.runs.front()]; is_fitted(run)) out += row({markdown_cell(group.label), markdown_cell(run.match), markdown_cell(fitted_text(run))});
+  }
+  if (std::any_of(c.runs.begin(), c.runs.end(), [](const RunData& run) { return !run.done(); })) {
+    out += "\n## Runs that are not done\n\n" + head({"run", "state", "why"});
+    for (const RunData& run : c.runs)
+      if (!run.done()) out += row({markdown_cell(run.name), markdown_cell(run.state), markdown_cell(run.error.substr(0, run.error.find('\n')))});
   }
   return out;
 }

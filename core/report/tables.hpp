@@ -33,6 +33,7 @@ struct RunGroup {
   std::vector<Summary> summaries;    // one a measure
   std::map<std::string, std::map<std::string, Summary>> by;  // val_accuracy_by -> pairs 16 -> ...
   bool unfinished = false;           // no run of it is finished
+  std::string status;                // "3" where all of its runs are finished, else "2 done, 1 diverged"
 };
 
 struct RunComparison {
@@ -55,7 +56,10 @@ std::vector<double> spent_flops(const RunData& run);
 std::map<std::string, std::vector<std::string>> by_parts(const RunComparison& comparison);
 
 std::string to_csv(const RunComparison& comparison);       // one row a run; RFC 4180
-std::string to_markdown(const RunComparison& comparison);  // one row a group, accuracies, notes, runs
+std::string to_markdown(const RunComparison& comparison);  // notes, one row a group, accuracies, what was matched, runs that are not done
+
+// "blocks.mlp.intermediate_size = 408, optimizer.lr = 0.02".
+std::string fitted_text(const RunData& run);
 
 // "1.234 ± 0.005", "1.2e+09", "—".
 std::string text_of(const Summary& summary);

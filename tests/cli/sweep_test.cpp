@@ -226,6 +226,48 @@ TEST_F(SweepCommand, TrialsAreMatched) {
   EXPECT_EQ(params.size(), 2u);
 }
 
+// Trials that are done, were stopped, diverged, and failed before they had a configuration of their own.
+TEST_F(SweepCommand, AReportTellsOfEveryTrial) {
+  write_sweep("out",
+              "[match]\nof = \"params\"\nbend = { key = \"blocks.mlp.intermediate_size\" }\n[halving]\nrungs = [2]\nkeep = 0.5\n"
+              "[[axes]]\npatterns = [\"ME/E\", \"M/M\"]\n[[axes]]\nkey = \"optimizer.lr\"\nvalues = [1e-2, 1e4]\n",
+              "seeds = [0, 1]\nlr_rule = \"inverse_width\"\nlr_width = 64\nstop_above = 3.0\n");
+  EXPECT_EQ(sweep().code, 4);
+  ASSERT_EQ(tessera({"report", "out"}).code, 0);
+  const std::string page = file_text(folder_ / "out/report.html"), table = file_text(folder_ / "out/report.csv"), text = file_text(folder_ / "out/report.md");
+
+  EXPECT_NE(text.find("\n| model.hybrid\\_override\\_pattern | optimizer.lr | runs | validation loss |"), std::string::npos) << text;
+  for (const char* row : {"| ME/E | 0.02 | 1 done, 1 stopped |", "| ME/E | 20000.0 | 2 diverged |", "| M/M | 0.01 | 2 failed |", "| M/M | 10000.0 | 2 failed |"}) EXPECT_NE(text.find(row), std::string::npos) << row << text;
+  EXPECT_EQ(table.find("batch_size"), std::string::npos) << "keys in which no two runs differ: " << table;
+  EXPECT_EQ(table.substr(0, 47), "group,run,folder,state,seed,model.hybrid_overri");
+  EXPECT_NE(table.find(",match,match_error,fitted,version,"), std::string::npos) << table;
+
+  std::map<std::string, int> states;
+  for (const fs::path& trial : trials("out")) {
+    const auto told = nlohmann::json::parse(file_text(trial / "trial.json"));
+    const std::string name = told["name"], state = told["state"], match = told["match"]["text"];
+    ++states[state];
+    const size_t begin = table.find("," + name + ",out/trials/" + name + "," + state + "," + told["seed"].dump() + ",");
+    ASSERT_NE(begin, std::string::npos) << name << table;
+    EXPECT_NE(table.find(match, begin), std::string::npos) << match << table;
+    EXPECT_NE(page.find("\"match\":" + nlohmann::json(match).dump()), std::string::npos) << match;
+    EXPECT_NE(page.find("\"state\":\"" + state + "\""), std::string::npos);
+    if (state == "failed") continue;
+    const std::string fitted = fmt::format("blocks.mlp.intermediate_size = {}, optimizer.lr = {}", told["fitted"]["blocks.mlp.intermediate_size"].get<std::string>(), told["fitted"]["optimizer.lr"].get<std::string>());
+    for (const std::string* file : {&page, &table}) EXPECT_NE(file->find(fitted), std::string::npos) << fitted;
+  }
+  EXPECT_EQ(states, (std::map<std::string, int>{{"diverged", 2}, {"done", 1}, {"failed", 4}, {"stopped", 1}}));
+  for (const char* why : {"number 2 of 2 by val_loss at step 2", "the loss is ", "comes no nearer than params "}) {
+    for (const std::string* file : {&page, &table}) EXPECT_NE(file->find(why), std::string::npos) << why;
+    std::string escaped;
+    for (const char* c = why; *c; ++c) escaped += *c == '_' ? std::string("\\_") : std::string(1, *c);
+    EXPECT_NE(text.find(escaped, text.find("## Runs that are not done")), std::string::npos) << why << text;
+  }
+  const size_t fitted = text.find("\n## What was fitted\n");
+  ASSERT_NE(fitted, std::string::npos);
+  EXPECT_NE(text.find("optimizer.lr = 20000.0 |", fitted), std::string::npos) << text;
+}
+
 TEST_F(SweepCommand, WritesAJobArray) {
   write_sweep("out", kTwo);
   const Finished shown = sweep({"--launcher", "slurm", "--dry-run"});

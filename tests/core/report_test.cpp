@@ -172,7 +172,7 @@ TEST_F(ReportFolderTest, MachinesAndVersionsThatDifferAreMarked) {
 
 TEST_F(ReportFolderTest, SweepsOfTrialsInEveryState) {
   put_run("s/trials/one", "M", 0, {R"({"step":1,"loss":4})", R"({"step":2,"loss":3})"});
-  put_file(folder_ / "s/trials/one/trial.json", R"({"name":"one","state":"done","seed":7,"sets":{},"match":{"off":0.01}})");
+  put_file(folder_ / "s/trials/one/trial.json", R"({"name":"one","state":"done","seed":7,"sets":{},"match":{"text":"params 10, +1.00 % of 9","error":0.01}})");
   put_file(folder_ / "s/trials/two/trial.json", R"({"name":"two","state":"failed","error":"out of <memory>","seed":8,"sets":{"model.hybrid_override_pattern":"M*","optimizer.lr":0.5}})");
   put_file(folder_ / "s/trials/three/trial.json", "{\"name\":");
   put_file(folder_ / "s/trials/not_a_trial/notes.txt", "");
@@ -180,7 +180,8 @@ TEST_F(ReportFolderTest, SweepsOfTrialsInEveryState) {
   ASSERT_EQ(c.runs.size(), 3u);
   EXPECT_EQ(c.runs[0].name, "one");
   EXPECT_EQ(c.runs[0].seed, 7);
-  EXPECT_EQ(c.runs[0].match["off"], 0.01);
+  EXPECT_EQ(c.runs[0].match, "params 10, +1.00 % of 9");
+  EXPECT_EQ(c.runs[0].match_error, 0.01);
   EXPECT_EQ(c.runs[1].state, "no metrics");
   EXPECT_EQ(c.runs[2].state, "failed");
   EXPECT_EQ(c.runs[2].error, "out of <memory>");
