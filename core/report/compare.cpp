@@ -156,6 +156,17 @@ void note_starts(RunComparison& c) {
   if (silent) c.notes.push_back(fmt::format("{} of {} runs do not say which version and machine they ran on.", silent, c.runs.size()));
 }
 
+// `bench SWEEP.toml` names trials, `bench RUN/config.toml` a file of the run's folder.
+void take_bench(RunComparison& c, const json& bench) {
+  const auto config = bench.find("config"), train = bench.find("train");
+  if (config == bench.end() || !config->is_string() || train == bench.end() || !train->is_object()) return;
+  const auto rate = train->find("tokens_per_s");
+  if (rate == train->end() || !rate->is_number() || rate->get<double>() <= 0) return;
+  const std::filesystem::path file(config->get<std::string>());
+  for (RunData& run : c.runs)
+    if (run.name == file || std::filesystem::path(run.folder) / "config.toml" == file.lexically_normal()) run.bench_tokens_per_s = rate->get<double>();
+}
+
 void note_benches(RunComparison& c) {
   std::set<std::string> machines;
   for (const json& bench : c.benches)
@@ -201,6 +212,7 @@ const std::vector<Measure>& measures() {
       {"flops", "FLOPs", false, [](const RunData& run) { return last_of(spent_flops(run)); }},
       {"seconds", "wall time of the steps, s", false, [](const RunData& run) { return last_of(elapsed_seconds(run.metrics)); }},
       {"tokens_per_s", "tokens/s, median", true, median_rate},
+      {"bench_tokens_per_s", "tokens/s by bench", true, [](const RunData& run) { return run.bench_tokens_per_s; }},
       {"peak_bytes", "peak memory, bytes", false, [](const RunData& run) { return newest(run, "peak_bytes"); }}};
   return list;
 }
@@ -228,6 +240,7 @@ Summary summarise(const std::vector<double>& values) {
 
 RunComparison compare(ReportInput input) {
   RunComparison c{.runs = std::move(input.runs), .benches = std::move(input.benches)};
+  for (const json& bench : c.benches) take_bench(c, bench);
   std::map<std::string, size_t> by_key;
   for (size_t i = 0; i < c.runs.size(); ++i) {
     const auto [group, is_new] = by_key.emplace(group_key(c.runs[i]), c.groups.size());
@@ -255,6 +268,24 @@ std::vector<size_t> pareto_front(const std::vector<std::pair<double, double>>& p
   for (const size_t i : order)
     if (front.empty() || better(points[i].second, points[front.back()].second) || points[i] == points[front.back()]) front.push_back(i);
   return front;
+}
+
+std::map<std::string, std::map<std::string, std::vector<size_t>>> pareto_fronts(const RunComparison& c) {
+  const std::set<std::string> qualities{"val_loss", "loss", "val_accuracy"};
+  std::map<std::string, std::map<std::string, std::vector<size_t>>> out;
+  for (size_t y = 0; y < measures().size(); ++y) {
+    if (!qualities.contains(measures()[y].name)) continue;
+    for (size_t x = 0; x < measures().size(); ++x) {
+      if (qualities.contains(measures()[x].name)) continue;
+      std::vector<std::pair<double, double>> points;
+      for (const RunGroup& group : c.groups) {
+        const double cost = group.summaries[x].mean;
+        points.emplace_back(measures()[x].more_is_better ? -cost : cost, group.summaries[y].mean);
+      }
+      out[measures()[y].name][measures()[x].name] = pareto_front(points, measures()[y].more_is_better);
+    }
+  }
+  return out;
 }
 
 std::vector<double> elapsed_seconds(const Metrics& metrics) {

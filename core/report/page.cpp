@@ -122,21 +122,6 @@ json loads(const RunComparison& c, const RunGroup& group, double all_experts) {
   return out;
 }
 
-json fronts(const RunComparison& c) {
-  json out = json::object();
-  const auto mean = [&](const RunGroup& group, size_t measure) { return group.summaries[measure].mean; };
-  for (size_t y = 0; y < measures().size(); ++y) {
-    if (!std::set<std::string>{"val_loss", "loss", "val_accuracy"}.contains(measures()[y].name)) continue;
-    for (size_t x = 0; x < measures().size(); ++x) {
-      if (std::set<std::string>{"val_loss", "loss", "val_accuracy"}.contains(measures()[x].name)) continue;
-      std::vector<std::pair<double, double>> points;
-      for (const RunGroup& group : c.groups) points.emplace_back(measures()[x].more_is_better ? -mean(group, x) : mean(group, x), mean(group, y));
-      out[measures()[y].name][measures()[x].name] = pareto_front(points, measures()[y].more_is_better);
-    }
-  }
-  return out;
-}
-
 double number(const json& from, const char* table, const char* key) {
   const json* at = &from;
   if (*table) {
@@ -206,7 +191,7 @@ std::string escaped(const std::string& plain) {
 
 json page_data(const RunComparison& c) {
   json out{{"notes", c.notes}, {"varied", c.varied}, {"most_columns", kMostColumns}, {"groups", json::array()}, {"runs", json::array()}, {"benches", json::array()},
-           {"by_parts", by_parts(c)}, {"fronts", fronts(c)}, {"measures", json::array()}};
+           {"by_parts", by_parts(c)}, {"fronts", pareto_fronts(c)}, {"measures", json::array()}};
   for (const Measure& measure : measures()) out["measures"].push_back({{"name", measure.name}, {"title", measure.title}});
   double last = 1, columns = 1, experts = 1;
   for (const RunGroup& group : c.groups)

@@ -2,6 +2,7 @@
 #pragma once
 #include <cstdint>
 #include <filesystem>
+#include <limits>
 #include <map>
 #include <nlohmann/json.hpp>
 #include <optional>
@@ -54,6 +55,7 @@ struct RunData {
   std::string match;                       // of a trial: what it was matched in, and how near; empty where it was not
   double match_error = 0;                  // signed share of the target
   std::map<std::string, std::string> fitted;  // of a trial: keys that matching and the rule of the learning rate set
+  double bench_tokens_per_s = std::numeric_limits<double>::quiet_NaN();  // of training, where a bench file has measured this trial
   bool done() const { return state == "done"; }
 };
 

@@ -1,6 +1,7 @@
 #include "report/tables.hpp"
 
 #include <fmt/format.h>
+#include <fmt/ranges.h>
 
 #include <algorithm>
 #include <cmath>
@@ -71,6 +72,28 @@ std::string start_text(const RunData& run, const char* key) {
 }
 
 bool is_fitted(const RunData& run) { return !run.match.empty() || !run.fitted.empty(); }
+
+// Which groups no other beats in both, for the first quality that is known. Costs that are the same for all say nothing.
+std::string fronts_table(const RunComparison& c) {
+  const auto fronts = pareto_fronts(c);
+  for (const Measure& quality : measures()) {
+    const auto of = fronts.find(quality.name);
+    if (of == fronts.end()) continue;
+    std::string rows;
+    for (size_t m = 0; m < measures().size(); ++m) {
+      const auto front = of->second.find(measures()[m].name);
+      std::set<double> costs;
+      for (const RunGroup& group : c.groups)
+        if (group.summaries[m].n) costs.insert(group.summaries[m].mean);
+      if (costs.size() < 2 || front == of->second.end() || front->second.empty()) continue;
+      std::vector<std::string> labels;
+      for (const size_t group : front->second) labels.push_back(markdown_cell(c.groups[group].label));
+      rows += row({measures()[m].title, fmt::format("{}", fmt::join(labels, "; "))});
+    }
+    if (!rows.empty()) return fmt::format("\n## Pareto fronts of {}\n\n{}{}", quality.title, head({"against", "no other is better in both than"}), rows);
+  }
+  return "";
+}
 
 constexpr size_t kMostColumns = 6;  // of keys, in tables for people
 
@@ -163,6 +186,7 @@ std::string to_markdown(const RunComparison& c) {
     out += "\nMeans over seeds ± half of the 95 % confidence interval by Student's t, where there are two runs or more.\n";
     if (c.varied.size() > keys) out += fmt::format("{} further keys differ; the CSV has them all.\n", c.varied.size() - keys);
   }
+  out += fronts_table(c);
   for (const auto& [name, parts] : by_parts(c)) {
     std::vector<std::string> cells{""};
     for (const std::string& part : parts) cells.push_back(markdown_cell(part));

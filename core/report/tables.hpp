@@ -14,7 +14,7 @@ struct Measure {
   bool more_is_better = false;
   double (*of)(const RunData& run);  // NaN where the run does not say
 };
-// val_loss, val_accuracy, loss, params, active_params, flops_per_token, tokens, flops, seconds, tokens_per_s, peak_bytes.
+// val_loss, val_accuracy, loss, params, active_params, flops_per_token, tokens, flops, seconds, tokens_per_s, bench_tokens_per_s, peak_bytes.
 const std::vector<Measure>& measures();
 
 // A sample's mean with the half width of its 95 % confidence interval by Student's t: NaN below two values. NaN values are left out; n counts the rest.
@@ -48,6 +48,9 @@ RunComparison compare(ReportInput input);
 // Which of the points (cost, value) no other is at least as good as in both and better in one; in the order of their cost. Points with a NaN are left out.
 std::vector<size_t> pareto_front(const std::vector<std::pair<double, double>>& points, bool more_is_better);
 
+// Of the groups, by their means: fronts["val_loss"]["params"], for losses and accuracies against everything else.
+std::map<std::string, std::map<std::string, std::vector<size_t>>> pareto_fronts(const RunComparison& comparison);
+
 // Cumulative wall time and FLOPs of training after each line, from its throughput; NaN from the first line on that lacks it.
 std::vector<double> elapsed_seconds(const Metrics& metrics);
 std::vector<double> spent_flops(const RunData& run);
@@ -56,7 +59,7 @@ std::vector<double> spent_flops(const RunData& run);
 std::map<std::string, std::vector<std::string>> by_parts(const RunComparison& comparison);
 
 std::string to_csv(const RunComparison& comparison);       // one row a run; RFC 4180
-std::string to_markdown(const RunComparison& comparison);  // notes, one row a group, accuracies, what was matched, runs that are not done
+std::string to_markdown(const RunComparison& comparison);  // notes, one row a group, Pareto fronts, accuracies, what was matched, runs that are not done
 
 // "blocks.mlp.intermediate_size = 408, optimizer.lr = 0.02".
 std::string fitted_text(const RunData& run);

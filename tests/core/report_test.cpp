@@ -123,11 +123,11 @@ TEST_F(ReportFolderTest, TablesToTheByte) {
   std::string csv = to_csv(c), folder = folder_.string() + "/";
   for (size_t at; (at = csv.find(folder)) != std::string::npos;) csv.erase(at, folder.size());
   EXPECT_EQ(csv,
-            "group,run,folder,state,seed,model.hybrid_override_pattern,val_loss,val_accuracy,loss,params,active_params,flops_per_token,tokens,flops,seconds,tokens_per_s,peak_bytes,"
+            "group,run,folder,state,seed,model.hybrid_override_pattern,val_loss,val_accuracy,loss,params,active_params,flops_per_token,tokens,flops,seconds,tokens_per_s,bench_tokens_per_s,peak_bytes,"
             "val_accuracy_by pairs 4,val_accuracy_by pairs 16,version,host,cpu,device,dtype,error\r\n"
-            "MM,a0,a0,done,0,MM,2.5,,3,,,,20,,,,,1,0.5,1,h,\"c, \"\"fast\"\"\",cpu,float32,\r\n"
-            "MM,a1,a1,done,1,MM,3.5,,4,,,,20,,,,,1,0.25,1,h,\"c, \"\"fast\"\"\",cpu,float32,\r\n"
-            "M*|M,b,b,done,0,M*|M,1.25,,2.5,,,,20,,,,,,,1,h,\"c, \"\"fast\"\"\",cpu,float32,\r\n");
+            "MM,a0,a0,done,0,MM,2.5,,3,,,,20,,,,,,1,0.5,1,h,\"c, \"\"fast\"\"\",cpu,float32,\r\n"
+            "MM,a1,a1,done,1,MM,3.5,,4,,,,20,,,,,,1,0.25,1,h,\"c, \"\"fast\"\"\",cpu,float32,\r\n"
+            "M*|M,b,b,done,0,M*|M,1.25,,2.5,,,,20,,,,,,,,1,h,\"c, \"\"fast\"\"\",cpu,float32,\r\n");
   const std::string markdown = to_markdown(c);
   EXPECT_EQ(markdown.substr(0, markdown.find('\n')), "# Report of 3 runs");
   EXPECT_EQ(markdown.substr(markdown.find("\n| model")),
@@ -141,6 +141,25 @@ TEST_F(ReportFolderTest, TablesToTheByte) {
             "| MM | 1 ± 0 | 0.4 ± 1.6 |\n");
   EXPECT_TRUE(noted(c, "a0: parameters and FLOPs are not known")) << markdown;
   EXPECT_TRUE(noted(c, "different numbers of runs, 1 to 2"));
+}
+
+// What `bench SWEEP.toml` measured of a trial, or of a run's own file, is the run's; one seed's figure stands for its row.
+TEST_F(ReportFolderTest, MeasuredThroughputIsTheRuns) {
+  put_run("fast", "M", 0, {R"({"step":1,"loss":4,"tokens":1,"val_loss":3})", R"({"step":2,"loss":3,"tokens":2,"val_loss":3})"});
+  put_run("again", "M", 1, {R"({"step":1,"loss":4,"tokens":1,"val_loss":3})", R"({"step":2,"loss":3,"tokens":2,"val_loss":3})"});
+  put_run("good", "MM", 0, {R"({"step":1,"loss":4,"tokens":1,"val_loss":2})", R"({"step":2,"loss":3,"tokens":2,"val_loss":2})"});
+  put_run("worse", "M*", 0, {R"({"step":1,"loss":4,"tokens":1,"val_loss":4})", R"({"step":2,"loss":3,"tokens":2,"val_loss":4})"});
+  put_file(folder_ / "bench.json", json{{"results", {{{"config", "fast"}, {"train", {{"tokens_per_s", 30.0}}}, {"parts", json::array()}},
+                                                     {{"config", (folder_ / "good/config.toml").string()}, {"train", {{"tokens_per_s", 10.0}}}, {"parts", json::array()}},
+                                                     {{"config", "worse"}, {"train", {{"tokens_per_s", 20.0}}}, {"parts", json::array()}}}}}.dump());
+  const RunComparison c = compared({"fast", "again", "good", "worse", "bench.json"});
+  ASSERT_EQ(c.groups.size(), 3u);
+  const size_t rate = measure("bench_tokens_per_s");
+  EXPECT_EQ(c.groups[0].summaries[rate].n, 1);
+  EXPECT_EQ(c.groups[0].summaries[rate].mean, 30);
+  EXPECT_EQ(c.groups[1].summaries[rate].mean, 10);
+  EXPECT_EQ(pareto_fronts(c)["val_loss"]["bench_tokens_per_s"], (std::vector<size_t>{0, 1}));
+  EXPECT_NE(to_markdown(c).find("## Pareto fronts of validation loss\n\n| against | no other is better in both than |\n|---|---|\n| tokens/s by bench | M; MM |\n"), std::string::npos) << to_markdown(c);
 }
 
 TEST_F(ReportFolderTest, DivergedAndUnfinishedRunsDoNotFlatter) {
