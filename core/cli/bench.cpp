@@ -192,7 +192,7 @@ BenchResult bench_apart(const Config& config, const BenchOptions& options) {
   const MemoryFile toml, document;
   toml.write(to_toml(config));
   const std::string file = toml.path(), steps = std::to_string(options.steps);
-  std::vector<const char*> words{"tessera", "bench", file.c_str(), "--json", "--no-peaks", "--decode-tokens", "0", "--steps", steps.c_str()};
+  std::vector<const char*> words{"tessera", "bench", file.c_str(), "--json", "--no-peaks", "--decode-tokens", "0", "--steps", steps.c_str(), "--routing", options.routing.c_str()};
   if (!options.check) words.push_back("--no-check");
   words.push_back(nullptr);
   const pid_t pid = ::fork();

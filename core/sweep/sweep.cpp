@@ -288,7 +288,7 @@ void fit(const Sweep& sweep, const Config& config, Trial& trial, const StepTime&
     const Match match = match_config(*sweep.match, config, *sweep.match->target, step_time);
     trial.match = match.text;
     trial.match_error = match.error();
-    if (!match.refusal.empty()) throw Error(ExitCode::kUsage, "match: " + match.refusal, "widen [match] tolerance, or bend a key with finer steps");
+    if (!match.refusal.empty()) throw Error(ExitCode::kUsage, match.refusal, "widen [match] tolerance, or bend a key with finer steps");
     for (const auto& [key, value] : match.sets) trial.fitted.push_back({key, value});
   }
   if (sweep.config.lr_rule == "none") return;
