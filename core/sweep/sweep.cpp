@@ -245,7 +245,7 @@ Schema<SweepConfig> sweep_schema() {
   Schema<C> s;
   s.field("base", &C::base, "configuration file that the axes vary, relative to the sweep's file").required();
   s.field("folder", &C::folder, "of the trials; default runs/<file's stem>");
-  s.field("seeds", &C::seeds, "values of training.seed; none: that of the base").range(0, 0x1p62);
+  s.field("seeds", &C::seeds, "values of training.seed; none: that of the base").range(0);
   s.field("at_once", &C::at_once, "trials that run together on one machine, each with its share of the cores").range(1, 1024);
   s.field("ranks", &C::ranks, "processes of a trial, which [parallelism] divides").range(1, 1 << 16);
   s.field("lr_rule", &C::lr_rule, "how optimizer.lr follows model.hidden_size from lr_width on: times lr_width / hidden_size, or the root of that").choices({"none", "inverse_width", "inverse_sqrt_width"}).source("arXiv:2203.03466 for inverse_width");
