@@ -218,17 +218,16 @@ int calibrate(const std::vector<Config>& configs, BenchOptions options, const st
   require_enough(configs.size());
   find_calibration(file, configs.front());  // a file that is none is told before a minute is spent
   options.steps = std::max<int64_t>(1, options.steps);
+  // What disturbs a machine disturbs it for a while: each is measured twice, some time apart, and both count.
+  std::vector<Config> measured;
   std::vector<BenchResult> results;
-  for (const Config& config : configs) results.push_back(bench_apart(config, options));
-  // What disturbs a machine disturbs it for a while: of two measurements the faster one counts.
-  options.check = false;
-  for (size_t i = 0; i < configs.size(); ++i)
-    if (BenchResult again = bench_apart(configs[i], options); again.train_step_s < results[i].train_step_s) results[i] = std::move(again);
-  const Calibration calibration = calibrate(configs, results);
+  for (int round = 0; round < 2; ++round, options.check = false)
+    for (const Config& config : configs) measured.push_back(config), results.push_back(bench_apart(config, options));
+  const Calibration calibration = calibrate(measured, results);
   keep_calibration(file, calibration);
   Samples step, memory;
-  for (size_t i = 0; i < configs.size(); ++i) {
-    results[i].predicted = predict(calibration, make_plan(configs[i]), configs[i]);
+  for (size_t i = 0; i < results.size(); ++i) {
+    results[i].predicted = predict(calibration, make_plan(measured[i]), measured[i]);
     step.values.push_back(std::abs(results[i].predicted->step_s / results[i].train_step_s - 1));
     memory.values.push_back(std::abs(results[i].predicted->peak_bytes / static_cast<double>(results[i].peak_bytes) - 1));
   }
