@@ -2,29 +2,18 @@
 
 #include <fmt/format.h>
 #include <fmt/ranges.h>
-#include <sys/mman.h>
-#include <sys/prctl.h>
-#include <sys/wait.h>
-#include <unistd.h>
 
 #include <algorithm>
-#include <cerrno>
-#include <csignal>
-#include <cstring>
 #include <deque>
-#include <fstream>
 #include <iostream>
 #include <nlohmann/json.hpp>
-#include <thread>
 
 #include "cli/calibration.hpp"
 #include "cli/limits.hpp"
 #include "cli/verbs.hpp"
-#include "checkpoint/file.hpp"
 #include "config/read_table.hpp"
-#include "measure/calibrate.hpp"
+#include "measure/bench_document.hpp"
 #include "measure/compare.hpp"
-#include "metrics/machine.hpp"
 #include "sweep/trials.hpp"
 
 namespace tessera {
@@ -32,56 +21,6 @@ namespace tessera {
 namespace {
 
 using nlohmann::json;
-
-json to_json(const BenchResult& r) {
-  json out{{"config", r.config}, {"dtype", r.dtype}, {"device", r.device}, {"routing", r.routing}, {"params", r.params}, {"peak_bytes", r.peak_bytes},
-           {"train", {{"tokens_per_s", r.train_tokens_per_s}, {"step_s", r.train_step_s}, {"flops_per_s", r.train_flops_per_s}, {"samples_s", r.step_s.values},
-                      {"quartiles_s", {r.step_s.quantile(0.25), r.step_s.quantile(0.75)}}, {"warm_up_steps", r.warm_up_steps}}},
-           {"decode", {{"tokens_per_s", r.decode_tokens_per_s}, {"prefill_tokens_per_s", r.prefill_tokens_per_s}}},
-           {"matrix_peak_flops_per_s", r.matrix_peak}, {"memory_peak_bytes_per_s", r.memory_peak}, {"parts", json::array()}, {"ranks", json::array()},
-           {"contexts", json::array()}, {"unchecked", r.unchecked}};
-  if (r.predicted) out["predicted"] = {{"step_s", r.predicted->step_s}, {"peak_bytes", r.predicted->peak_bytes}, {"parts", r.predicted->parts}, {"notes", r.predicted->notes}};
-  for (const ContextPoint& c : r.contexts)
-    out["contexts"].push_back({{"context", c.context}, {"prefill_tokens_per_s", c.prefill_tokens_per_s}, {"decode_tokens_per_s", c.decode_tokens_per_s}, {"state_bytes", c.state_bytes}});
-  for (const RankTime& t : r.ranks)
-    out["ranks"].push_back({{"place", t.place}, {"compute_s", t.compute_s}, {"wait_s", t.wait_s}, {"pipeline_wait_s", t.pipeline_wait_s}, {"peak_bytes", t.peak_bytes},
-                            {"sent_bytes", t.sent_bytes}, {"planned_bytes", t.planned_bytes}});
-  for (const PartTime& p : r.parts)
-    out["parts"].push_back({{"part", p.name}, {"layers", p.num_layers}, {"forward_s", p.forward_s}, {"recompute_s", p.recompute_s}, {"backward_s", p.backward_s},
-                            {"flops", p.flops}, {"bytes", p.bytes}});
-  return out;
-}
-
-// As Google Benchmark's tools read it: a row a round, and the median.
-json as_benchmarks(const std::vector<BenchResult>& results) {
-  json rows = json::array();
-  for (const BenchResult& r : results) {
-    const std::string name = r.config + "/train_step";
-    const auto row = [&](const std::string& suffix, double seconds) {
-      return json{{"name", name + suffix}, {"run_name", name}, {"repetitions", r.step_s.values.size()}, {"threads", 1}, {"iterations", 1}, {"real_time", 1e3 * seconds}, {"cpu_time", 1e3 * seconds}, {"time_unit", "ms"}};
-    };
-    for (size_t i = 0; i < r.step_s.values.size(); ++i) {
-      json one = row("", r.step_s.values[i]);
-      one["run_type"] = "iteration", one["repetition_index"] = i;
-      rows.push_back(std::move(one));
-    }
-    if (r.step_s.values.empty()) continue;
-    json median = row("_median", r.step_s.median());
-    median["run_type"] = "aggregate", median["aggregate_name"] = "median", median["aggregate_unit"] = "time";
-    rows.push_back(std::move(median));
-  }
-  return rows;
-}
-
-// One configuration: the document of it. Several: { "results": [...] }. Both with what Google Benchmark's tools look for.
-json document(const std::vector<BenchResult>& results) {
-  json out = results.size() == 1 ? to_json(results[0]) : json{{"results", json::array()}};
-  if (results.size() > 1)
-    for (const BenchResult& r : results) out["results"].push_back(to_json(r));
-  out["context"] = {{"machine", machine_text()}, {"num_cpus", std::thread::hardware_concurrency()}, {"library_build_type", "release"}, {"executable", "tessera bench"}};
-  out["benchmarks"] = as_benchmarks(results);
-  return out;
-}
 
 // Several configurations, a line each.
 void print_side_by_side(const std::vector<BenchResult>& results) {
@@ -123,16 +62,17 @@ void print(const BenchResult& r) {
   if (!r.contexts.empty()) fmt::print("\n  {:>10} {:>18} {:>16} {:>12}\n", "context", "prefill tokens/s", "decode tokens/s", "state bytes");
   for (const ContextPoint& c : r.contexts) fmt::print("  {:>10} {:>18.1f} {:>16.1f} {:>12}\n", c.context, c.prefill_tokens_per_s, c.decode_tokens_per_s, c.state_bytes);
   if (r.parts.empty()) return;
-  fmt::print("\n  {:<16} {:>6} {:>11} {:>13} {:>12} {:>10} {:>16} {:>16}\n", "part of a step", "layers", "forward ms", "recompute ms", "backward ms", "of step", "of matrix peak",
-             "of memory peak");
+  fmt::print("\n  {:<16} {:>6} {:>11} {:>13} {:>12} {:>10} {:>16} {:>16} {:>10} {:>9} {:>12}\n", "part of a step", "layers", "forward ms", "recompute ms", "backward ms", "of step", "of matrix peak",
+             "of memory peak", "state MiB", "kept MiB", "working MiB");
   double known = 0;
   for (const PartTime& p : r.parts) {
     known += p.seconds();
-    fmt::print("  {:<16} {:>6} {:>11.2f} {:>13.2f} {:>12.2f} {:>8.1f} % {:>14.1f} % {:>14.1f} %\n", p.name, p.num_layers ? fmt::format("{}", p.num_layers) : "", 1e3 * p.forward_s,
+    fmt::print("  {:<16} {:>6} {:>11.2f} {:>13.2f} {:>12.2f} {:>8.1f} % {:>14.1f} % {:>14.1f} % {:>10.1f} {:>9.1f} {:>12.1f}\n", p.name, p.num_layers ? fmt::format("{}", p.num_layers) : "", 1e3 * p.forward_s,
                1e3 * p.recompute_s, 1e3 * p.backward_s, percent(p.seconds(), r.train_step_s), percent(p.flops / p.seconds(), r.matrix_peak),
-               percent(p.bytes / p.seconds(), r.memory_peak));
+               percent(p.bytes / p.seconds(), r.memory_peak), p.state_bytes / 1048576, p.kept_bytes / 1048576, p.working_bytes / 1048576);
   }
   fmt::print("  {:<16} {:>6} {:>11} {:>13} {:>12} {:>8.1f} %\n", "rest", "", "", "", "", percent(r.train_step_s - known, r.train_step_s));
+  if (!r.no_input.empty()) fmt::print("  input was not measured: {}\n", r.no_input);
   if (r.ranks.empty()) return;
   fmt::print("\n  {:<32} {:>11} {:>10} {:>17} {:>9}   sent in a step (planned), bytes\n", "rank", "compute ms", "waits ms", "for pipeline ms", "MiB");
   for (const RankTime& t : r.ranks) {
@@ -169,73 +109,6 @@ void add_file(Subjects& out, const std::string& file, const std::vector<std::str
     out.configs.push_back(*trial.config);
     out.configs.back().source = trial.trial.name;
   }
-}
-
-// A file that is nowhere, which processes started from here see under the same path.
-class MemoryFile {
- public:
-  MemoryFile() : fd_(::memfd_create("tessera", 0)) {
-    if (fd_ < 0) throw Error(ExitCode::kRuntime, fmt::format("memfd_create: {}", std::strerror(errno)));
-  }
-  ~MemoryFile() { ::close(fd_); }
-  MemoryFile(const MemoryFile&) = delete;
-  int fd() const { return fd_; }
-  std::string path() const { return fmt::format("/proc/self/fd/{}", fd_); }
-  void write(const std::string& text) const { std::ofstream(path()) << text; }
-
- private:
-  int fd_;
-};
-
-// Training in a new process, whose memory and kernels no other configuration has shaped. Throws Error(kRuntime) where it fails; it has said why.
-BenchResult bench_apart(const Config& config, const BenchOptions& options) {
-  const MemoryFile toml, document;
-  toml.write(to_toml(config));
-  const std::string file = toml.path(), steps = std::to_string(options.steps);
-  std::vector<const char*> words{"tessera", "bench", file.c_str(), "--json", "--no-peaks", "--decode-tokens", "0", "--steps", steps.c_str(), "--routing", options.routing.c_str()};
-  if (!options.check) words.push_back("--no-check");
-  words.push_back(nullptr);
-  const pid_t pid = ::fork();
-  if (pid == 0) {
-    ::prctl(PR_SET_PDEATHSIG, SIGKILL);
-    ::dup2(document.fd(), STDOUT_FILENO);
-    ::execv("/proc/self/exe", const_cast<char* const*>(words.data()));
-    ::_exit(127);
-  }
-  int status = 0;
-  while (pid > 0 && ::waitpid(pid, &status, 0) < 0 && errno == EINTR) {}
-  if (pid < 0 || status != 0) throw Error(ExitCode::kRuntime, fmt::format("--calibrate: {} was not measured", config.source), pid < 0 ? std::strerror(errno) : "its own message is above");
-  const json in = json::parse(read_file(document.path()));
-  BenchResult out{.config = config.source, .dtype = in["dtype"], .device = in["device"], .params = in["params"], .peak_bytes = in["peak_bytes"], .train_step_s = in["train"]["step_s"]};
-  for (const json& part : in["parts"]) out.parts.push_back({.name = part["part"], .forward_s = part["forward_s"], .recompute_s = part["recompute_s"], .backward_s = part["backward_s"]});
-  return out;
-}
-
-// One configuration after the other, each in a process of its own, and how near the calibration comes to what it was made from.
-int calibrate(const std::vector<Config>& configs, BenchOptions options, const std::string& named, bool as_json) {
-  const std::filesystem::path file = named.empty() ? default_calibration_file() : std::filesystem::path(named);
-  if (file.empty()) throw Error(ExitCode::kUsage, "--calibrate: neither XDG_CACHE_HOME nor HOME says where to keep it", "--calibration FILE");
-  require_enough(configs.size());
-  find_calibration(file, configs.front());  // a file that is none is told before a minute is spent
-  options.steps = std::max<int64_t>(1, options.steps);
-  // What disturbs a machine disturbs it for a while: each is measured twice, some time apart, and both count.
-  std::vector<Config> measured;
-  std::vector<BenchResult> results;
-  for (int round = 0; round < 2; ++round, options.check = false)
-    for (const Config& config : configs) measured.push_back(config), results.push_back(bench_apart(config, options));
-  const Calibration calibration = calibrate(measured, results);
-  keep_calibration(file, calibration);
-  Samples step, memory;
-  for (size_t i = 0; i < results.size(); ++i) {
-    results[i].predicted = predict(calibration, make_plan(measured[i]), measured[i]);
-    step.values.push_back(std::abs(results[i].predicted->step_s / results[i].train_step_s - 1));
-    memory.values.push_back(std::abs(results[i].predicted->peak_bytes / static_cast<double>(results[i].peak_bytes) - 1));
-  }
-  if (as_json) std::cout << document(results).dump(1) << "\n";
-  else
-    fmt::print("{}: {} with {} threads on {}, {}\n{} configurations are predicted from it within: step time {:.1f} % (median {:.1f} %), peak memory {:.1f} % (median {:.1f} %)\n", file.string(), calibration.dtype,
-               calibration.threads, calibration.device, calibration.machine, configs.size(), 100 * step.quantile(1), 100 * step.median(), 100 * memory.quantile(1), 100 * memory.median());
-  return 0;
 }
 
 }  // namespace
@@ -277,7 +150,7 @@ void add_bench(CLI::App& app, Run& run) {
         if (!is_first(ranks)) return 0;
         for (size_t i = 0; i < results.size() && !ranks && o->bench.steps > 0; ++i)
           results[i].predicted = predict(o->calibration, make_plan(subjects.configs[i]), subjects.configs[i]);
-        if (o->json) std::cout << document(results).dump(1) << "\n";
+        if (o->json) std::cout << bench_document(results).dump(1) << "\n";
         for (const BenchResult& result : results)
           if (!o->json) print(result);
         if (!o->json && results.size() > 1) print_side_by_side(results);

@@ -5,6 +5,7 @@
 #include <optional>
 #include <string>
 
+#include "measure/bench.hpp"
 #include "measure/prediction.hpp"
 #include "sweep/match.hpp"
 
@@ -17,5 +18,8 @@ std::filesystem::path calibration_file(const std::string& file);
 std::optional<Prediction> predict(const std::string& file, const ModelPlan& plan, const Config& config);
 // Throws Error(kUsage) where this machine was not calibrated.
 StepTime predicted_step_time(const std::string& file);
+// `bench --calibrate`: one configuration after the other, each in a process of its own, into `file` or the default one; prints how near the calibration comes to
+// what it was made from. Returns the exit code.
+int calibrate(const std::vector<Config>& configs, BenchOptions options, const std::string& file, bool as_json);
 
 }  // namespace tessera

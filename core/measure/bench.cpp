@@ -10,14 +10,17 @@
 #include <map>
 #include <nlohmann/json.hpp>
 
+#include "data/loader.hpp"
 #include "infer/generate.hpp"
 #include "measure/self_check.hpp"
 #include "memory/kept_blocks.hpp"
+#include "memory/tensor_bytes.hpp"
 #include "metrics/exchange_metrics.hpp"
 #include "metrics/machine.hpp"
 #include "model/model.hpp"
 #include "parallel/reports.hpp"
 #include "plan/memory.hpp"
+#include "plugin/program.hpp"
 #include "plan/traffic.hpp"
 #include "train/setup.hpp"
 #include "train/step.hpp"
@@ -34,6 +37,9 @@ double timed(F run) {
   run();
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 }
+
+// The process's own memory, or what its tensors take of a GPU's.
+int64_t held_bytes(at::Device device) { return device.is_cpu() ? current_memory_bytes() : tensor_bytes(device).now; }
 
 double median(std::vector<double> values) { return Samples{std::move(values)}.median(); }
 
@@ -62,6 +68,23 @@ json part_medians(const PartSteps& times) {
   return out;
 }
 
+// What the store holds, by part.
+std::map<std::string, double> state_bytes(Store& store) {
+  const ModelPlan& plan = store.plan();
+  std::map<std::string, std::string> part_of{{kEmbeddingUnit, "embedding"}, {kOutputUnit, "lm_head"}};
+  for (const LayerPlan& layer : plan.layers) part_of[layer.prefix] = layer.binding;
+  if (plan.head)
+    for (const HeadSet& set : plan.head->sets) {
+      part_of[set.prefix] = plan.head->name;
+      for (const LayerPlan& layer : set.layers) part_of[layer.prefix] = layer.binding;
+    }
+  std::map<std::string, double> out;
+  for (const FlatGroup& group : store.groups())
+    for (const at::Tensor* flat : {&group.data, &group.grad, &group.compute, &group.exp_avg, &group.exp_avg_sq})
+      if (flat->defined()) out[part_of.at(group.unit)] += static_cast<double>(flat->nbytes());
+  return out;
+}
+
 // Declared work beside the times that the ranks measured. The optimizer reads the parameter, its gradient and two moments, and writes three of them.
 std::vector<PartTime> part_times(const ModelPlan& plan, const Documents& documents, double bytes_per_element, const std::vector<json>& reports) {
   std::map<std::string, PartTime> by_name;
@@ -73,6 +96,10 @@ std::vector<PartTime> part_times(const ModelPlan& plan, const Documents& documen
       part.forward_s += share * seconds[StepClock::kForward].get<double>(), part.recompute_s += share * seconds[StepClock::kRecompute].get<double>();
       part.backward_s += share * seconds[StepClock::kBackward].get<double>();
     }
+  for (const json& report : reports)
+    for (const auto& [name, bytes] : report["memory"].items())
+      if (auto part = by_name.find(name); part != by_name.end())
+        part->second.state_bytes += share * bytes[0].get<double>(), part->second.kept_bytes += share * bytes[1].get<double>(), part->second.working_bytes += share * bytes[2].get<double>();
   for (const CostRow& row : cost_rows(plan, documents))
     if (auto part = by_name.find(row.name); part != by_name.end())
       part->second.num_layers = row.num_layers, part->second.flops = 3 * row.cost.flops(), part->second.bytes = 3 * bytes_per_element * row.cost.bytes;
@@ -93,16 +120,15 @@ std::vector<json> all_reports(const MeshGroups* ranks, at::Device device, const 
 // One configuration among those that take turns.
 class Subject {
  public:
-  Subject(const Config& config, const BenchOptions& options, const MeshGroups* ranks)
+  Subject(const Config& config, const BenchOptions& options, const MeshGroups* ranks, std::vector<std::string> unchecked)
       : config_(config), options_(options), ranks_(ranks), mesh_(ranks ? ranks->mesh() : Mesh{}), device_(choose_device(config.training.device, ranks)),
         dtype_(choose_dtype(config.training.dtype, device_, ranks)), plan_(make_plan(config, mesh_)) {
     config_.training.dtype = dtype_name(dtype_);
-    result_ = {.config = config.source, .dtype = dtype_name(dtype_), .device = device_.str(), .routing = options.routing, .params = totals(plan_).trained};
-    if (options.check && !ranks) result_.unchecked = check_blocks(config, dtype_, device_).too_large;
+    result_ = {.config = config.source, .dtype = dtype_name(dtype_), .device = device_.str(), .routing = options.routing, .params = totals(plan_).trained, .unchecked = std::move(unchecked)};
     if (device_.is_cpu() && !ranks) require_memory(plan_, options.steps > 0 ? &config.training : nullptr);
     release_kept_blocks();
-    const int64_t others = current_memory_bytes();
-    forget_peak_memory();
+    const int64_t others = held_bytes(device_);
+    device_.is_cpu() ? forget_peak_memory() : forget_most_tensor_bytes(device_);
     store_ = std::make_unique<Store>(plan_, device_, dtype_, config.training.freeze, ranks,
                                      StoreOptions{.reshard_after_forward = config.parallelism.reshard_after_forward, .reduce_in_fp32 = config.parallelism.reduce_dtype == "float32"});
     store_->initialise(config.training.seed);
@@ -111,9 +137,11 @@ class Subject {
     if (options.steps > 0) {
       optimizer_ = std::make_unique<Optimizer>(*store_, config.optimizer);
       batches_ = random_batches(config, device_, mesh_, data_rank(ranks));
+      open_input();
       warm_up();
     }
-    taken_bytes_ = peak_memory_bytes() - others;
+    taken_bytes_ = (device_.is_cpu() ? peak_memory_bytes() : tensor_bytes(device_).most) - others;
+    if (options.steps > 0) measure_memory();
   }
 
   // One timed training step; where others took their turns since the last one, behind another that brings back into the caches what a run has there.
@@ -122,7 +150,9 @@ class Subject {
     StepClock clock(device_);
     model_->set_clock(&clock);
     const Exchanged before = ranks_ ? exchanged(*ranks_) : Exchanged{};
-    step_s_.values.push_back(step());
+    const double input_s = input();
+    if (loader_) parts_["input"].push_back({input_s, 0, 0});
+    step_s_.values.push_back(input_s + step());
     for (const auto& [name, seconds] : clock.stop()) parts_[name].push_back(seconds);
     const Exchanged during = ranks_ ? exchanged(*ranks_) - before : Exchanged{};
     sent_bytes_ = during.sent_bytes;
@@ -139,7 +169,7 @@ class Subject {
   BenchResult finish(int64_t base_bytes) {
     for (const int64_t context : options_.contexts) measure_context(context);
     const json own{{"step_s", step_s_.values}, {"wait_s", median(wait_s_)}, {"pipeline_wait_s", median(pipeline_wait_s_)}, {"parts", part_medians(parts_)},
-                   {"peak_bytes", base_bytes + taken_bytes_}, {"sent_bytes", by_axis(sent_bytes_, mesh_)}};
+                   {"memory", memory_}, {"peak_bytes", base_bytes + taken_bytes_}, {"sent_bytes", by_axis(sent_bytes_, mesh_)}};
     const std::vector<json> reports = all_reports(ranks_, device_, own);
     for (const json& report : reports) result_.peak_bytes = std::max(result_.peak_bytes, report["peak_bytes"].get<int64_t>());
     if (options_.steps > 0) add_training(reports);
@@ -153,6 +183,37 @@ class Subject {
  private:
   double step() {
     return timed([&] { train_step(*model_, *optimizer_, batches_, config_.optimizer.lr, config_.training.max_norm); });
+  }
+
+  // The data of the configuration; where there are none, or none here, the rest is measured without.
+  void open_input() {
+    if (!has_data(config_)) return void(result_.no_input = "the configuration has no data");
+    try {
+      loader_ = std::make_unique<Loader>(Dataset::open(config_.data, config_.model.vocab_size, {{"libtorch", libtorch_include().string()}}), config_.training.seq_len);
+    } catch (const Error& error) {
+      result_.no_input = error.what();
+    }
+  }
+
+  // Reads a batch as training does, which nothing is computed from: seconds.
+  double input() {
+    if (!loader_) return 0;
+    return timed([&] { next_batches(*loader_, config_, mesh_, data_rank(ranks_), device_, 0); });
+  }
+
+  // One more forward and backward pass over the batch.
+  void measure_memory() {
+    StepClock clock(device_, StepClock::kMemory);
+    model_->set_clock(&clock);
+    accumulate(*model_, batches_);
+    model_->set_clock(nullptr);
+    store_->zero_grad();
+    const auto micro = static_cast<int64_t>(batches_.size());
+    for (const auto& [name, bytes] : clock.stop_memory()) memory_[name] = {0, bytes.kept / micro, bytes.most};
+    for (const auto& [name, bytes] : state_bytes(*store_)) {
+      if (!memory_.contains(name)) memory_[name] = {0, 0, 0};
+      memory_[name][0] = bytes;
+    }
   }
 
   // Until a step takes no less than nine tenths of the fastest before it; alike on all ranks, whose steps end together.
@@ -229,6 +290,8 @@ class Subject {
   std::unique_ptr<Model> model_;
   std::unique_ptr<Optimizer> optimizer_;
   std::vector<Batch> batches_;
+  std::unique_ptr<Loader> loader_;  // nullptr: no input is measured
+  json memory_ = json::object();    // by part: state, kept and working bytes
   BenchResult result_;
   Samples step_s_;
   std::vector<double> wait_s_, pipeline_wait_s_, prefill_, decoding_;
@@ -255,9 +318,15 @@ std::vector<BenchResult> bench(const std::vector<Config>& configs, const BenchOp
   issues.raise();
   if (mesh.cp > 1 && !options.contexts.empty()) throw Error(ExitCode::kUsage, "--contexts: context-parallel ranks do not decode", "measure them on another mesh");
   apply_runtime(configs.front().training, ranks ? ranks->world().local_size : 1);
-  const int64_t base_bytes = current_memory_bytes();
+  std::vector<std::vector<std::string>> unchecked(configs.size());
+  for (size_t i = 0; i < configs.size() && options.check && !ranks; ++i) {
+    const at::Device device = choose_device(configs[i].training.device);
+    unchecked[i] = check_blocks(configs[i], choose_dtype(configs[i].training.dtype, device), device).too_large;
+  }
+  release_kept_blocks();
+  const int64_t base_bytes = held_bytes(choose_device(configs.front().training.device, ranks));
   std::vector<std::unique_ptr<Subject>> subjects;
-  for (const Config& config : configs) subjects.push_back(std::make_unique<Subject>(config, options, ranks));
+  for (size_t i = 0; i < configs.size(); ++i) subjects.push_back(std::make_unique<Subject>(configs[i], options, ranks, std::move(unchecked[i])));
   for (int64_t round = 0; round < options.steps; ++round)
     for (const auto& subject : subjects) subject->train(subjects.size() == 1);
   constexpr int kDecodeRounds = 3;

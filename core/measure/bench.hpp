@@ -35,10 +35,13 @@ struct ContextPoint {
   int64_t state_bytes = 0;  // that it keeps for its next token
 };
 
-// Time of one part of a training step: a binding's layers together, embedding, lm_head, a head, the optimizer.
+// Time and memory of one part of a training step: a binding's layers together, embedding, lm_head, a head, the optimizer, and "input", the reading of the batch.
 struct PartTime {
   std::string name;
   int64_t num_layers = 0;
+  // Means over ranks: masters, gradients, moments and copies in the compute dtype; what a micro-batch leaves for its backward pass; and the most that one layer
+  // holds at once beside what was there before it.
+  double state_bytes = 0, kept_bytes = 0, working_bytes = 0;
   double forward_s = 0, recompute_s = 0, backward_s = 0;  // medians over steps, means over ranks
   double flops = 0, bytes = 0;                            // of a step: declared forward, and twice that backward
   double seconds() const { return forward_s + recompute_s + backward_s; }
@@ -57,7 +60,7 @@ struct BenchResult {
   std::string config, dtype, device, routing;
   int64_t params = 0, peak_bytes = 0;  // of the rank that takes most
   int64_t warm_up_steps = 0;           // until a step took no less than those before
-  Samples step_s;                      // of training
+  Samples step_s;                      // of training, input included
   double train_tokens_per_s = 0, train_step_s = 0, train_flops_per_s = 0;  // medians
   double prefill_tokens_per_s = 0, decode_tokens_per_s = 0;                // medians
   double matrix_peak = 0, memory_peak = 0;  // FLOP/s and bytes/s of all ranks at once, measured
@@ -66,6 +69,7 @@ struct BenchResult {
   std::vector<ContextPoint> contexts;
   std::optional<Prediction> predicted;  // of a training step
   std::vector<std::string> unchecked;  // blocks too large to be checked against fp64
+  std::string no_input;                // why the reading of the batch was not measured; empty: it was
 };
 
 // Over several ranks (`ranks` not nullptr) all call it and get the same result, but decoding rates, which are rank 0's; context-parallel ranks do not decode.

@@ -96,6 +96,7 @@ std::vector<PartWork> step_work(const ModelPlan& plan, const Config& config) {
   const auto trained = static_cast<double>(totals(plan).trained), tensors = static_cast<double>(tensor_rows(plan).size());
   parts.push_back({.part = "optimizer", .kind = "optimizer", .work = {tensors, 0, 0, 0, 0, trained}});
   parts.push_back({.part = "rest", .kind = "rest", .work = {micro * static_cast<double>(plan.layers.size()), 0, 0, 0, micro * n * d, trained}});
+  if (has_data(config)) parts.push_back({.part = "input", .kind = "input " + config.data.source, .work = {1, 0, 0, 0, static_cast<double>(global_batch_rows(config, {}) * config.training.seq_len), 0}});
   return parts;
 }
 
@@ -116,6 +117,7 @@ Prediction predict(const Calibration& calibration, const ModelPlan& plan, const 
   for (const PartWork& part : step_work(plan, config)) {
     auto rate = calibration.parts.find(part.kind);
     if (rate == calibration.parts.end()) {
+      if (part.part == "input") continue;  // of no other source's kind
       rate = calibration.parts.find("");
       if (rate == calibration.parts.end()) continue;
       out.notes.push_back(fmt::format("{} was not calibrated: other blocks' rates stand for it", part.kind));

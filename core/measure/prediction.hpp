@@ -15,10 +15,10 @@ namespace tessera {
 enum Term { kCalls, kMatmul, kMixing, kElementwise, kMoved, kWeights, kNumTerms };
 using Work = std::array<double, kNumTerms>;
 
-// One part of a training step of one process, as StepClock names it: a binding, "embedding", "lm_head", a head, "optimizer", and "rest", which belongs to none of them.
+// One part of a training step of one process, as StepClock names it: a binding, "embedding", "lm_head", a head, "optimizer", "input", and "rest", which belongs to none of them.
 struct PartWork {
   std::string part;
-  std::string kind;         // block or head type, else the part itself
+  std::string kind;         // block or head type, the source of the input, else the part itself
   bool recomputed = false;  // its forward pass runs twice
   Work work{};              // of the forward pass; the backward pass is measured against the same
   double size() const { return (work[kMatmul] + work[kMixing] + work[kMoved] + work[kWeights]) / work[kCalls]; }

@@ -6,6 +6,7 @@
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 #include <mutex>
 #include <unordered_set>
@@ -28,7 +29,11 @@ struct Block {
 class KeptBlocks final : public c10::Allocator {
  public:
   c10::DataPtr allocate(size_t n) override {
-    if (n < kLarge) return small_->allocate(n);
+    if (n < kLarge) {
+      void* data = small_->raw_allocate(n);
+      count(static_cast<int64_t>(::malloc_usable_size(data)));
+      return {data, data, &KeptBlocks::free_small, c10::Device(c10::kCPU)};
+    }
     const Block block = take(n);
     std::memcpy(block.begin, &block.size, sizeof block.size);
     char* data = block.begin + kHeader;
@@ -45,6 +50,9 @@ class KeptBlocks final : public c10::Allocator {
     const std::lock_guard lock(mutex_);
     return counts_;
   }
+
+  TensorBytes bytes() const { return {now_, most_}; }
+  void forget_most() { most_ = now_.load(); }
 
   void release() {
     const std::lock_guard lock(mutex_);
@@ -83,7 +91,13 @@ class KeptBlocks final : public c10::Allocator {
 
   static void* map(size_t size) { return ::mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0); }
 
+  void count(int64_t size) {
+    const int64_t now = now_ += size;
+    for (int64_t most = most_; now > most && !most_.compare_exchange_weak(most, now);) {}
+  }
+
   void hold(size_t size) {
+    count(static_cast<int64_t>(size));
     counts_.held += size;
     counts_.most = std::max(counts_.most, counts_.held);
   }
@@ -106,8 +120,14 @@ class KeptBlocks final : public c10::Allocator {
     const std::lock_guard lock(self.mutex_);
     self.data_.erase(data);
     self.counts_.held -= block.size;
+    self.count(-static_cast<int64_t>(block.size));
     self.counts_.kept += block.size;
     self.kept_.push_back(block);
+  }
+
+  static void free_small(void* data) {
+    instance().count(-static_cast<int64_t>(::malloc_usable_size(data)));
+    instance().small_->raw_deallocate(data);
   }
 
   static void free_any(void* data) {
@@ -117,7 +137,7 @@ class KeptBlocks final : public c10::Allocator {
       const std::lock_guard lock(self.mutex_);
       large = self.data_.contains(data);
     }
-    large ? free(data) : self.small_->raw_deallocate(data);
+    large ? free(data) : free_small(data);
   }
 
   c10::Allocator* const small_ = c10::GetDefaultCPUAllocator();
@@ -125,6 +145,7 @@ class KeptBlocks final : public c10::Allocator {
   std::vector<Block> kept_;  // in the order they were freed
   std::unordered_set<void*> data_;  // of the blocks that are held
   LargeBlocks counts_;
+  std::atomic<int64_t> now_ = 0, most_ = 0;  // of all sizes
 };
 
 }  // namespace
@@ -134,6 +155,9 @@ void keep_large_blocks() {
   if (c10::GetCPUAllocator() != &KeptBlocks::instance()) c10::SetCPUAllocator(&KeptBlocks::instance(), /*priority=*/1);
 #endif
 }
+
+TensorBytes cpu_tensor_bytes() { return KeptBlocks::instance().bytes(); }
+void forget_most_cpu_tensor_bytes() { KeptBlocks::instance().forget_most(); }
 
 LargeBlocks large_blocks() { return KeptBlocks::instance().counts(); }
 

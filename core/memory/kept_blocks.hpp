@@ -4,6 +4,8 @@
 
 #include <cstddef>
 
+#include "memory/tensor_bytes.hpp"
+
 namespace tessera {
 
 // What may lie unused, as a part of the most that large tensors have held at once.
@@ -19,6 +21,10 @@ struct LargeBlocks {
   std::size_t held = 0, most = 0, kept = 0;
 };
 LargeBlocks large_blocks();
+
+// What CPU tensors of any size hold now, and the most they held at once since it was last forgotten, in bytes. Nothing before keep_large_blocks().
+TensorBytes cpu_tensor_bytes();
+void forget_most_cpu_tensor_bytes();
 
 // Gives back what is kept, small blocks included, and forgets the most that was held: what comes next takes memory as in a new process.
 void release_kept_blocks();

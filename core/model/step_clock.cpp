@@ -4,7 +4,10 @@
 #include <c10/core/impl/VirtualGuardImpl.h>
 #include <torch/csrc/autograd/custom_function.h>
 
+#include <algorithm>
 #include <utility>
+
+#include "memory/tensor_bytes.hpp"
 
 namespace tessera {
 
@@ -31,11 +34,12 @@ struct StepClock::Scope {
   at::RecordFunction record;
 };
 
-StepClock::StepClock(at::Device device, bool scopes) : device_(device), scopes_(scopes) {}
+StepClock::StepClock(at::Device device, Measure measure) : device_(device), measure_(measure) {}
 StepClock::~StepClock() = default;
 
 void StepClock::enter(const std::string& part, Phase phase, const std::string& label) {
-  if (scopes_) {
+  if (measure_ == kMemory) return enter_memory(part, phase);
+  if (measure_ == kScopes) {
     constexpr const char* kPhases[] = {"forward", "recomputation", "backward"};
     scope_.reset();
     if (!part.empty()) scope_ = std::make_unique<Scope>((label.empty() ? part : label) + ", " + kPhases[phase]);
@@ -46,6 +50,22 @@ void StepClock::enter(const std::string& part, Phase phase, const std::string& l
   if (open_) *open_ += std::chrono::duration<double>(now - since_).count();
   since_ = now;
   open_ = &seconds_[part][phase];
+}
+
+void StepClock::enter_memory(const std::string& part, Phase phase) {
+  const TensorBytes bytes = tensor_bytes(device_);
+  if (held_by_) {
+    if (phase_ == kForward) held_by_->kept += bytes.now - held_before_;
+    held_by_->most = std::max(held_by_->most, bytes.most - held_before_);
+  }
+  forget_most_tensor_bytes(device_);
+  held_by_ = part.empty() ? nullptr : &memory_[part];
+  held_before_ = bytes.now, phase_ = phase;
+}
+
+std::map<std::string, StepClock::Memory> StepClock::stop_memory() {
+  enter_memory("", kForward);
+  return std::exchange(memory_, {});
 }
 
 std::map<std::string, StepClock::Seconds> StepClock::stop() {

@@ -138,6 +138,14 @@ Range rows_of(int64_t num_rows, int64_t data_rank, int64_t data_ranks) { return 
 
 int64_t data_rank(const MeshGroups* groups) { return groups ? groups->place().dp_replicate * groups->mesh().dp_shard + groups->place().dp_shard : 0; }
 
+std::vector<Batch> next_batches(Loader& loader, const Config& config, const Mesh& mesh, int64_t data_rank, at::Device device, int64_t first_token) {
+  const int64_t count = global_batch_rows(config, mesh);
+  const Range mine = rows_of(count, data_rank, mesh.dp_replicate * mesh.dp_shard);
+  const std::vector<Row> rows = loader.next_rows(count, mine.begin, mine.end);
+  return micro_batches(std::span(rows).subspan(static_cast<size_t>(mine.begin), static_cast<size_t>(mine.end - mine.begin)), config.training.local_batch_size, device,
+                       first_token + mine.begin * config.training.seq_len);
+}
+
 StepResult accumulate(Model& model, const std::vector<Batch>& micro_batches) {
   StepResult result;
   const Sums sums = run_micro_batches(model, micro_batches);

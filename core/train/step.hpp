@@ -28,6 +28,9 @@ Range rows_of(int64_t num_rows, int64_t data_rank, int64_t data_ranks);
 // Which of the data ranks this one is.
 int64_t data_rank(const MeshGroups* groups);
 
+// This data rank's micro-batches of the loader's next global batch, whose first token has the number `first_token` in training's order.
+std::vector<Batch> next_batches(Loader& loader, const Config& config, const Mesh& mesh, int64_t data_rank, at::Device device, int64_t first_token);
+
 // Forward and backward over `micro_batches`, clipping, AdamW, blocks' after_step. The loss and its gradients are means over the
 // valid targets of all micro-batches together. A loss or gradient that is not finite leaves weights, moments and buffers untouched,
 // with the gradients still in the store for a diagnosis.

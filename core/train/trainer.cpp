@@ -182,14 +182,6 @@ class Run {
 
   int64_t global_rows() const { return global_batch_rows(config_, mesh_); }
 
-  // This data rank's rows of this step, cut into micro-batches.
-  std::vector<Batch> next_batches() {
-    const Range mine = rows_of(global_rows(), data_rank(ranks_), mesh_.dp_replicate * mesh_.dp_shard);
-    const std::vector<Row> rows = loader_->next_rows(global_rows(), mine.begin, mine.end);
-    return micro_batches(std::span(rows).subspan(static_cast<size_t>(mine.begin), static_cast<size_t>(mine.end - mine.begin)), config_.training.local_batch_size, device_,
-                         tokens_ + mine.begin * config_.training.seq_len);
-  }
-
   int loop() {
     const StopSignals signals;
     if (first()) metrics_.emplace(folder_ / "metrics.jsonl", step_);
@@ -203,7 +195,7 @@ class Run {
     while (step_ < config_.training.steps) {
       const double start = seconds();
       if (exchanges) exchanges->begin();
-      const std::vector<Batch> batches = next_batches();
+      const std::vector<Batch> batches = next_batches(*loader_, config_, mesh_, data_rank(ranks_), device_, tokens_);
       const double input_s = seconds() - start;
       const double lr = learning_rate(config_.optimizer, config_.lr_scheduler, step_, config_.training.steps);
       StepResult result;
@@ -253,7 +245,7 @@ class Run {
     if (!config_.profiling.enable || step_ + 1 != config_.profiling.step) return;
     const int64_t first_step = step_ + 1, last = first_step + config_.profiling.num_steps - 1;
     traced_.emplace(folder_ / fmt::format("trace-{}{}{}.json", first_step, last > first_step ? fmt::format("-{}", last) : "", first() ? "" : fmt::format("-rank{}", world_.rank)));
-    scopes_ = std::make_unique<StepClock>(device_, /*scopes=*/true);
+    scopes_ = std::make_unique<StepClock>(device_, StepClock::kScopes);
     model_->set_clock(scopes_.get());
   }
   void end_trace() {

@@ -132,17 +132,45 @@ TEST_F(Commands, BenchIsOneDocument) {
   const json plan = document(tessera({"plan", "tiny.toml", "--json"}));
   EXPECT_EQ(bench.at("params"), plan.at("totals").at("trained"));
   EXPECT_EQ(bench.at("routing"), "natural");
-  double seconds = 0;
+  double seconds = 0, state = 0;
   std::set<std::string> parts;
   for (const json& part : bench.at("parts")) {
     const double forward = part.at("forward_s"), backward = part.at("backward_s");
     EXPECT_GT(forward, 0) << part;
-    EXPECT_EQ(backward > 0, part.at("part") != "optimizer") << part;
+    EXPECT_EQ(backward > 0, part.at("part") != "optimizer" && part.at("part") != "input") << part;
+    state += part.at("state_bytes").get<double>();
+    if (part.at("part") == "mamba2") {
+      EXPECT_GT(part.at("kept_bytes").get<double>(), 0);
+      EXPECT_GT(part.at("working_bytes").get<double>(), 0);
+    }
     seconds += forward + backward + part.at("recompute_s").get<double>();
     parts.insert(part.at("part"));
   }
-  EXPECT_EQ(parts, (std::set<std::string>{"mamba2", "gqa", "moe", "mlp", "mtp", "embedding", "lm_head", "optimizer"}));
+  EXPECT_EQ(parts, (std::set<std::string>{"mamba2", "gqa", "moe", "mlp", "mtp", "embedding", "lm_head", "optimizer", "input"}));
+  const double four = 16.0 * bench.at("params").get<double>();  // fp32: the master, its gradient and two moments, each tensor aligned
+  EXPECT_GE(state, four);
+  EXPECT_LE(state, 1.01 * four);
   EXPECT_NEAR(seconds / bench.at("train").at("step_s").get<double>(), 1, 0.5);
+}
+
+// A layer that is computed again leaves what the next one begins with, and no more.
+TEST_F(Commands, BenchCountsWhatALayerKeeps) {
+  const auto kept = [&](const std::string& mode) {
+    const json bench = document(tessera({"bench", "tiny.toml", "--json", "--steps", "1", "--decode-tokens", "0", "--no-peaks", "--no-check", "--set", "activation_checkpoint.mode=" + mode}));
+    for (const json& part : bench.at("parts"))
+      if (part.at("part") == "mamba2") return part.at("kept_bytes").get<double>() / part.at("layers").get<double>();
+    return 0.0;
+  };
+  const double none = kept("none"), full = kept("full");
+  EXPECT_GT(none, 4 * full);
+  EXPECT_GT(full, 0);
+}
+
+// What is needed to time steps is there; what is not is said.
+TEST_F(Commands, BenchSaysWhyInputWasNotMeasured) {
+  const json bench = document(tessera({"bench", "tiny.toml", "--json", "--steps", "1", "--decode-tokens", "0", "--no-peaks", "--set", "data.path=nowhere/*.txt"}));
+  EXPECT_NE(bench.at("no_input").get<std::string>().find("nowhere/*.txt"), std::string::npos) << bench;
+  for (const json& part : bench.at("parts")) EXPECT_NE(part.at("part"), "input");
 }
 
 TEST_F(Commands, BenchTakesTurnsAndComparesWhatItMeasured) {

@@ -100,7 +100,7 @@ TEST_F(DistributedTrain, BenchMeasuresALayout) {
     }
     std::set<std::string> parts;
     for (const nlohmann::json& part : bench["parts"]) parts.insert(part["part"].get<std::string>());
-    EXPECT_EQ(parts, (std::set<std::string>{"mamba2", "gqa", "moe", "mlp", "mtp", "embedding", "lm_head", "optimizer"})) << mesh;
+    EXPECT_EQ(parts, (std::set<std::string>{"mamba2", "gqa", "moe", "mlp", "mtp", "embedding", "lm_head", "optimizer", "input"})) << mesh;
   }
   // Rows that go to experts are planned as evenly spread, which they are where routing is balanced.
   const Finished even = tessera({"launch", "-n", "2", "bench", "tiny.toml", "--json", "--mesh", "dp_shard=2,ep=2", "--routing", "balanced", "--steps", "1", "--decode-tokens", "0", "--set", "training.num_threads=1"});

@@ -61,6 +61,23 @@ TEST_F(KeptBlocksTest, SmallTensorsAreNotCounted) {
   EXPECT_EQ(large_blocks().held, before.held);
 }
 
+// Of every size, and on whatever thread it is freed.
+TEST_F(KeptBlocksTest, BytesOfAllTensorsAreCounted) {
+  const int64_t before = tensor_bytes(at::kCPU).now;
+  forget_most_tensor_bytes(at::kCPU);
+  at::Tensor small = bytes(1000), large = bytes(3 * kMiB);
+  const int64_t held = tensor_bytes(at::kCPU).now - before;
+  EXPECT_GE(held, 3 * kMiB + 1000);
+  EXPECT_LE(held, 3 * kMiB + 1000 + (1 << 17));
+  std::thread([&] { large = at::Tensor(); }).join();
+  EXPECT_LT(tensor_bytes(at::kCPU).now - before, kMiB);
+  EXPECT_EQ(tensor_bytes(at::kCPU).most - before, held);
+  small = at::Tensor();
+  EXPECT_EQ(tensor_bytes(at::kCPU).now, before);
+  forget_most_tensor_bytes(at::kCPU);
+  EXPECT_EQ(tensor_bytes(at::kCPU).most, before);
+}
+
 TEST_F(KeptBlocksTest, ProductsAndThreadsWorkInThem) {
   const size_t held = large_blocks().held;
   std::vector<std::thread> threads;
