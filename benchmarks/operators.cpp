@@ -1,4 +1,5 @@
 // Every operator beside its plain composition: op/<operator>/<sizes>/<dtype>/<pass>/<fast|reference>.
+// TESSERA_BENCH_DEVICE=cuda runs them there, timed by events with a cold cache.
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
@@ -31,6 +32,8 @@ namespace {
 
 using at::ScalarType;
 
+at::TensorOptions on(ScalarType type = at::kFloat) { return at::TensorOptions(bench_device()).dtype(type); }
+
 double width(ScalarType type) { return type == at::kBFloat16 ? 2 : 4; }
 
 // Makes the fast or the reference call; inputs are made anew for each benchmark, so that no more than one case is in memory.
@@ -43,9 +46,10 @@ void add(const std::string& name, bool differentiable, bool has_reference, const
       for (const bool reference : {false, true}) {
         if (reference && !has_reference) continue;
         const auto full = fmt::format("op/{}/{}/{}/{}", name, dtype_word(dtype), backward ? "fwd_bwd" : "fwd", reference ? "reference" : "fast");
-        benchmark::RegisterBenchmark(full.c_str(), [=](benchmark::State& state) { time_case(state, make(dtype, reference), backward); })
-            ->Unit(benchmark::kMicrosecond)
-            ->UseRealTime();
+        auto* registered = benchmark::RegisterBenchmark(full.c_str(), [=](benchmark::State& state) { time_case(state, make(dtype, reference), backward); });
+        registered->Unit(benchmark::kMicrosecond);
+        if (bench_device().is_cuda()) registered->UseManualTime();
+        else registered->UseRealTime();
       }
     }
 }
@@ -56,11 +60,11 @@ Spans rows(int64_t tokens, int64_t length) { return Spans::uniform(tokens / leng
 void norms() {
   for (const auto& [N, D] : {std::pair<int64_t, int64_t>{2048, 256}, {2048, 1024}, {2048, 4096}, {1, 4096}}) {
     add(fmt::format("rms_norm/{}x{}", N, D), true, true, [=](ScalarType dtype, bool reference) {
-      const at::Tensor x = at::randn({N, D}, dtype), w = at::rand({D});
+      const at::Tensor x = at::randn({N, D}, on(dtype)), w = at::rand({D}, on());
       return Case{[=] { return reference ? rms_norm_ref(x, w, 1e-5, dtype) : rms_norm(x, w, 1e-5, dtype); }, {x, w}, double(N), 0, width(dtype) * 2.0 * N * D};
     });
     add(fmt::format("gated_rms_norm/{}x{}", N, D), true, true, [=](ScalarType dtype, bool reference) {
-      const at::Tensor y = at::randn({N, D}), z = at::randn({N, D}, dtype), w = at::rand({D});
+      const at::Tensor y = at::randn({N, D}, on()), z = at::randn({N, D}, on(dtype)), w = at::rand({D}, on());
       const int64_t group = D / 4;
       return Case{[=] { return reference ? gated_rms_norm_ref(y, z, w, group, 1e-5, dtype) : gated_rms_norm(y, z, w, group, 1e-5, dtype); }, {y, z, w}, double(N), 0,
                   (4 + 2 * width(dtype)) * N * D};
@@ -72,7 +76,7 @@ void convolution() {
   for (const auto& [N, C, T] : {std::tuple<int64_t, int64_t, int64_t>{2048, 768, 512}, {2048, 3072, 2048}, {2048, 768, 17}}) {
     add(fmt::format("causal_conv1d/{}x{}/documents_of_{}", N, C, T), true, true, [=](ScalarType dtype, bool reference) {
       const Spans spans = rows(N / T * T, T);
-      const at::Tensor x = at::randn({spans.num_tokens(), C}, dtype), w = at::randn({C, 1, 4}, dtype), b = at::randn({C}, dtype);
+      const at::Tensor x = at::randn({spans.num_tokens(), C}, on(dtype)), w = at::randn({C, 1, 4}, on(dtype)), b = at::randn({C}, on(dtype));
       return Case{[=] { return reference ? causal_conv1d_ref(x, w, b, spans, true) : causal_conv1d(x, w, b, spans, true); }, {x, w, b}, double(x.size(0)), 0,
                   width(dtype) * 2 * x.numel()};
     });
@@ -88,8 +92,8 @@ void scan() {
       const SsdSizes sizes{.num_heads = z.heads, .head_dim = z.head_dim, .num_groups = z.groups, .state_size = z.state, .chunk = 64};
       const Spans spans = rows(z.tokens / z.length * z.length, z.length);
       const int64_t N = spans.num_tokens(), inner = z.heads * z.head_dim;
-      const at::Tensor xbc = at::randn({N, inner + 2 * z.groups * z.state}, dtype), dt = at::randn({N, z.heads}, dtype), bias = at::randn({z.heads}), A = at::rand({z.heads}),
-                       D = at::randn({z.heads});
+      const at::Tensor xbc = at::randn({N, inner + 2 * z.groups * z.state}, on(dtype)), dt = at::randn({N, z.heads}, on(dtype)), bias = at::randn({z.heads}, on()), A = at::rand({z.heads}, on()),
+                       D = at::randn({z.heads}, on());
       const double chunks = static_cast<double>(spans.size() * ((z.length + 63) / 64));
       return Case{[=] { return reference ? ssd_scan_ref(xbc, dt, bias, A, D, sizes, spans) : ssd_scan(xbc, dt, bias, A, D, sizes, spans); }, {xbc, dt, bias, A, D}, double(N),
                   chunks * ssd_scan_ref_flops(sizes, 64), width(dtype) * xbc.numel() + 4.0 * N * inner};
@@ -104,7 +108,7 @@ void attentions() {
     add(fmt::format("attention/{}/documents_of_{}/H{}xK{}xP{}/window_{}", z.tokens, z.length, z.heads, z.kv_heads, z.dim, z.window), true, true, [=](ScalarType dtype, bool reference) {
       const Spans spans = rows(z.tokens / z.length * z.length, z.length);
       const int64_t N = spans.num_tokens();
-      const at::Tensor q = at::randn({N, z.heads, z.dim}, dtype), k = at::randn({N, z.kv_heads, z.dim}, dtype), v = at::randn({N, z.kv_heads, z.dim}, dtype);
+      const at::Tensor q = at::randn({N, z.heads, z.dim}, on(dtype)), k = at::randn({N, z.kv_heads, z.dim}, on(dtype)), v = at::randn({N, z.kv_heads, z.dim}, on(dtype));
       const double w = z.window ? std::min(z.window, z.length) : z.length, pairs = spans.size() * (w * (w + 1) / 2 + (z.length - w) * w), scale = 0.125;
       return Case{[=] { return reference ? attention_ref(q, k, v, spans, scale, z.window) : attention(q, k, v, spans, scale, z.window); }, {q, k, v}, double(N),
                   4.0 * z.heads * z.dim * pairs, width(dtype) * 2.0 * N * z.dim * (z.heads + z.kv_heads)};
@@ -114,7 +118,7 @@ void attentions() {
       std::vector<Span> list;
       for (int64_t s = 0; s < batch; ++s) list.push_back({s, context - 1, 1, context, s});
       const Spans spans(list);
-      const at::Tensor q = at::randn({batch, 8, 64}, dtype), k = at::randn({batch, 2, 64}, dtype), ck = at::randn({batch, context, 2, 64}, dtype), cv = ck.clone();
+      const at::Tensor q = at::randn({batch, 8, 64}, on(dtype)), k = at::randn({batch, 2, 64}, on(dtype)), ck = at::randn({batch, context, 2, 64}, on(dtype)), cv = ck.clone();
       return Case{[=] { return reference ? attention_ref(q, k, k, spans, 0.125, 0, ck, cv) : attention(q, k, k, spans, 0.125, 0, ck, cv); }, {}, double(batch),
                   4.0 * 8 * 64 * context * batch, width(dtype) * 2.0 * ck.numel()};
     });
@@ -123,13 +127,13 @@ void attentions() {
 void products() {
   for (const auto& [N, D, O] : {std::tuple<int64_t, int64_t, int64_t>{1, 256, 1288}, {16, 256, 1288}, {1, 2048, 2048}, {64, 1024, 1024}, {2048, 256, 1288}, {2048, 1024, 1024}})
     add(fmt::format("linear/{}x{}x{}", N, D, O), true, true, [=](ScalarType dtype, bool reference) {
-      const at::Tensor x = at::randn({N, D}, dtype), w = at::randn({O, D}, dtype);
+      const at::Tensor x = at::randn({N, D}, on(dtype)), w = at::randn({O, D}, on(dtype));
       return Case{[=] { return reference ? at::linear(x, w) : tessera::linear(x, w); }, {x, w}, double(N), 2.0 * N * D * O, width(dtype) * (N * D + D * O + N * O)};
     });
   for (const auto& [N, E, k, D, F] : {std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t>{2048, 16, 4, 256, 256}, {2048, 64, 6, 512, 512}, {1, 16, 4, 256, 256}, {16, 16, 4, 256, 256}})
     add(fmt::format("grouped_linear/{}/E{}xk{}/{}x{}", N, E, k, D, F), true, true, [=](ScalarType dtype, bool reference) {
-      const Dispatch d = dispatch(choose_experts(at::rand({N, E}), {}, k), E);
-      const at::Tensor x = at::randn({N * k, D}, dtype), w = at::randn({E, F, D}, dtype);
+      const Dispatch d = dispatch(choose_experts(at::rand({N, E}, on()), {}, k), E);
+      const at::Tensor x = at::randn({N * k, D}, on(dtype)), w = at::randn({E, F, D}, on(dtype));
       const auto plain = [=] {
         std::vector<at::Tensor> parts;
         for (int64_t e = 0, row = 0; e < E; ++e) {
@@ -147,30 +151,30 @@ void experts() {
   for (const auto& [N, E, k, D] : {std::tuple<int64_t, int64_t, int64_t, int64_t>{2048, 16, 4, 256}, {2048, 128, 6, 1024}}) {
     const auto size = fmt::format("{}/E{}xk{}", N, E, k);
     add("choose_experts/" + size, false, true, [=](ScalarType, bool reference) {
-      const at::Tensor scores = at::rand({N, E});
+      const at::Tensor scores = at::rand({N, E}, on());
       return Case{[=] { return reference ? choose_experts_ref(scores, {}, k) : choose_experts(scores, {}, k); }, {}, double(N), 0, 4.0 * N * E};
     }, {at::kFloat});
     add("dispatch/" + size, false, true, [=](ScalarType, bool reference) {
-      const at::Tensor chosen = choose_experts(at::rand({N, E}), {}, k);
+      const at::Tensor chosen = choose_experts(at::rand({N, E}, on()), {}, k);
       return Case{[=] { return reference ? dispatch_ref(chosen, E).row_nk : dispatch(chosen, E).row_nk; }, {}, double(N), 0, 32.0 * N * k};
     }, {at::kFloat});
     add(fmt::format("permute_tokens/{}xD{}", size, D), true, true, [=](ScalarType dtype, bool reference) {
-      const Dispatch d = dispatch(choose_experts(at::rand({N, E}), {}, k), E);
-      const at::Tensor x = at::randn({N, D}, dtype);
+      const Dispatch d = dispatch(choose_experts(at::rand({N, E}, on()), {}, k), E);
+      const at::Tensor x = at::randn({N, D}, on(dtype));
       return Case{[=] { return reference ? permute_tokens_ref(x, d) : permute_tokens(x, d); }, {x}, double(N), 0, width(dtype) * N * D * (1 + k)};
     });
     add(fmt::format("combine_tokens/{}xD{}", size, D), true, true, [=](ScalarType dtype, bool reference) {
-      const Dispatch d = dispatch(choose_experts(at::rand({N, E}), {}, k), E);
-      const at::Tensor y = at::randn({N * k, D}, dtype), w = at::rand({N, k});
+      const Dispatch d = dispatch(choose_experts(at::rand({N, E}, on()), {}, k), E);
+      const at::Tensor y = at::randn({N * k, D}, on(dtype)), w = at::rand({N, k}, on());
       return Case{[=] { return reference ? combine_tokens_ref(y, w, d) : combine_tokens(y, w, d); }, {y, w}, double(N), 0, width(dtype) * N * D * (1 + k)};
     });
     add("seq_aux_loss/" + size, true, true, [=](ScalarType, bool reference) {
-      const at::Tensor logits = at::randn({N, E});
+      const at::Tensor logits = at::randn({N, E}, on());
       const Spans spans = rows(N, 512);
       return Case{[=] { return reference ? seq_aux_loss_ref(logits, spans, {}, k) : seq_aux_loss(logits, spans, {}, k); }, {logits}, double(N), 0, 4.0 * N * E};
     }, {at::kFloat});
     add("expert_weights/" + size, true, false, [=](ScalarType, bool) {
-      const at::Tensor scores = at::rand({N, E}), chosen = choose_experts(scores, {}, k);
+      const at::Tensor scores = at::rand({N, E}, on()), chosen = choose_experts(scores, {}, k);
       return Case{[=] { return expert_weights(scores, chosen, true, 2.5); }, {scores}, double(N), 0, 4.0 * N * E};
     }, {at::kFloat});
   }
@@ -181,7 +185,7 @@ void losses() {
     std::vector<ScalarType> dtypes{at::kFloat};
     if (V <= 32768) dtypes.push_back(at::kBFloat16);
     add(fmt::format("linear_cross_entropy/{}x{}x{}", N, D, V), true, true, [=](ScalarType dtype, bool reference) {
-      const at::Tensor h = at::randn({N, D}, dtype), w = at::randn({V, D}, dtype), targets = at::randint(V, {N}, at::kLong);
+      const at::Tensor h = at::randn({N, D}, on(dtype)), w = at::randn({V, D}, on(dtype)), targets = at::randint(V, {N}, on(at::kLong));
       return Case{[=] { return reference ? linear_cross_entropy_ref(h, w, targets) : linear_cross_entropy(h, w, targets); }, {h, w}, double(N), 2.0 * N * D * V,
                   width(dtype) * (N * D + D * V)};
     }, dtypes);
@@ -189,7 +193,7 @@ void losses() {
   // What fwd_bwd of these costs at least: logits, gradient of h and gradient of the weight, into memory that is there.
   for (const auto& [N, D, V] : {std::tuple<int64_t, int64_t, int64_t>{2048, 256, 256}, {2048, 512, 32768}, {512, 512, 131072}})
     add(fmt::format("linear_cross_entropy_products/{}x{}x{}", N, D, V), false, false, [=](ScalarType dtype, bool) {
-      const at::Tensor h = at::randn({N, D}, dtype), w = at::randn({V, D}, dtype), logits = at::randn({N, V}, dtype), dh = at::zeros({N, D}, dtype), dw = at::zeros({V, D}, dtype);
+      const at::Tensor h = at::randn({N, D}, on(dtype)), w = at::randn({V, D}, on(dtype)), logits = at::randn({N, V}, on(dtype)), dh = at::zeros({N, D}, on(dtype)), dw = at::zeros({V, D}, on(dtype));
       return Case{[=] {
         at::Tensor to_logits = logits, to_h = dh, to_w = dw;
         product_into(to_logits, h, w.t()), product_into(to_h, logits, w), product_into(to_w, logits.t(), h);
@@ -201,13 +205,13 @@ void losses() {
 void elementwise() {
   for (const int64_t F : {512, 4096})
     add(fmt::format("relu2/2048x{}", F), true, true, [=](ScalarType dtype, bool reference) {
-      const at::Tensor x = at::randn({2048, F}, dtype);
+      const at::Tensor x = at::randn({2048, F}, on(dtype));
       return Case{[=] { return reference ? relu2_ref(x) : relu2(x); }, {x}, 2048, 0, width(dtype) * 2 * x.numel()};
     });
   add("rope/2048xH8xP64", true, false, [](ScalarType dtype, bool) {
-    const at::Tensor x = at::randn({2048, 8, 64}, dtype);
+    const at::Tensor x = at::randn({2048, 8, 64}, on(dtype));
     const Spans spans = rows(2048, 512);
-    return Case{[=] { return rope(x, spans.positions_n(at::kCPU), 10000); }, {x}, 2048, 0, width(dtype) * 2 * x.numel()};
+    return Case{[=] { return rope(x, spans.positions_n(bench_device()), 10000); }, {x}, 2048, 0, width(dtype) * 2 * x.numel()};
   });
 }
 

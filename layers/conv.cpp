@@ -11,6 +11,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "layers/gpu.hpp"
 #include "layers/vector_math.hpp"
 #include "tessera/error.hpp"
 
@@ -209,23 +210,28 @@ class CausalConv : public torch::autograd::Function<CausalConv> {
  public:
   static at::Tensor forward(torch::autograd::AutogradContext* ctx, const at::Tensor& x_nc, const at::Tensor& weight_c1w,
                             const std::optional<at::Tensor>& bias_c, const std::vector<int64_t>& rows, bool silu) {
+    ctx->save_for_backward({x_nc, weight_c1w, bias_c.value_or(at::Tensor())});
+    ctx->saved_data["rows"] = rows;
+    ctx->saved_data["silu"] = silu;
+    if (on_gpu(x_nc)) return gpu_kernels()->conv_forward(x_nc, weight_c1w, bias_c.value_or(at::Tensor()), rows, silu);
     const at::Tensor x = unit_stride(x_nc.detach());
     at::Tensor out = at::empty(x.sizes(), x.options());
     const Taps taps(weight_c1w, bias_c.value_or(at::Tensor()));
     if (x.scalar_type() == at::kBFloat16) forward_as<c10::BFloat16>(x, taps, rows, silu, out);
     else forward_as<float>(x, taps, rows, silu, out);
-    ctx->save_for_backward({x_nc, weight_c1w, bias_c.value_or(at::Tensor())});
-    ctx->saved_data["rows"] = rows;
-    ctx->saved_data["silu"] = silu;
     return out;
   }
 
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx, torch::autograd::variable_list grads) {
     const auto saved = ctx->get_saved_variables();
-    const at::Tensor x = unit_stride(saved[0]), dout = unit_stride(grads[0]);
-    const Taps taps(saved[1], saved[2]);
     const auto rows = ctx->saved_data["rows"].toIntVector();
     const bool silu = ctx->saved_data["silu"].toBool();
+    if (on_gpu(saved[0])) {
+      const auto [dx, dw, db] = gpu_kernels()->conv_backward(saved[0], grads[0], saved[1], saved[2], rows, silu);
+      return {dx, dw, db, at::Tensor(), at::Tensor()};
+    }
+    const at::Tensor x = unit_stride(saved[0]), dout = unit_stride(grads[0]);
+    const Taps taps(saved[1], saved[2]);
     at::Tensor dx = at::empty(x.sizes(), x.options());
     std::vector<float> dw(taps.C * taps.W, 0.0f), db(taps.C, 0.0f);
     if (x.scalar_type() == at::kBFloat16) backward_as<c10::BFloat16>(x, dout, taps, rows, silu, dx, dw, db);
@@ -257,11 +263,13 @@ void check(const at::Tensor& x_nc, const at::Tensor& weight_c1w, const at::Tenso
 at::Tensor causal_conv1d(const at::Tensor& x_nc, const at::Tensor& weight_c1w, const at::Tensor& bias_c, const Spans& spans, bool silu,
                          const at::Tensor& state_scw) {
   check(x_nc, weight_c1w, bias_c, spans, state_scw);
-  if (!x_nc.is_cpu() || (x_nc.scalar_type() != at::kFloat && x_nc.scalar_type() != at::kBFloat16) || x_nc.numel() == 0)
+  const bool gpu = on_gpu(x_nc);
+  if ((!gpu && !x_nc.is_cpu()) || (x_nc.scalar_type() != at::kFloat && x_nc.scalar_type() != at::kBFloat16) || x_nc.numel() == 0)
     return causal_conv1d_ref(x_nc, weight_c1w, bias_c, spans, silu, state_scw);
   if (!state_scw.defined())
     return CausalConv::apply(x_nc, weight_c1w, bias_c.defined() ? std::optional(bias_c) : std::nullopt, spans.rows(), silu);
   const at::NoGradGuard no_grad;
+  if (gpu) return gpu_kernels()->conv_with_state(x_nc, weight_c1w, bias_c, spans, silu, state_scw);
   const at::Tensor x = unit_stride(x_nc.detach());
   at::Tensor out = at::empty(x.sizes(), x.options());
   const Taps taps(weight_c1w, bias_c);

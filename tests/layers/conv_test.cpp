@@ -84,6 +84,25 @@ INSTANTIATE_TEST_SUITE_P(All, Convolutions,
                                                           std::vector<int64_t>{2, 1, 50, 3, 20}),
                                           testing::Values(1, 2, 4, 7), testing::Bool()));
 
+// Whole 16-byte vectors of channels, and more of them than one block of a GPU's kernel holds.
+TEST(CausalConv, WideRows) {
+  for (const int64_t channels : {16, 1032})
+    for (const int64_t width : {1, 2, 3, 4, 6}) {
+      const Spans spans = Spans::documents({3, 37, 1});
+      auto in = make(spans.num_tokens(), width, width != 3, channels);
+      for (auto& t : in) t = t.to(at::kBFloat16).to(at::kDouble);
+      const at::Tensor dout = at::randn(in[0].sizes(), at::kDouble).to(at::kBFloat16).to(at::kDouble);
+      const Result want = run(in, dout, spans, true, false, at::kDouble), plain = run(in, dout, spans, true, false, at::kBFloat16);
+      const Result fp32 = run(in, dout, spans, true, true, at::kFloat), bf16 = run(in, dout, spans, true, true, at::kBFloat16);
+      EXPECT_TRUE(close(fp32.out, want.out, tolerance(at::kFloat, Op::kReduction, 41)));
+      EXPECT_TRUE(close(bf16.out, want.out, kErrorFactor * relative_rms(plain.out, want.out)));
+      for (size_t k = 0; k < in.size(); ++k) {
+        EXPECT_TRUE(close(fp32.grads[k], want.grads[k], tolerance(at::kFloat, Op::kReduction, 41))) << k;
+        EXPECT_TRUE(close(bf16.grads[k], want.grads[k], kErrorFactor * relative_rms(plain.grads[k], want.grads[k]))) << k;
+      }
+    }
+}
+
 TEST(CausalConv, ReferenceGradientsMatchFiniteDifferences) {
   const Spans spans = Spans::documents({5, 2});
   auto in = make(7, 4, true, 2);
@@ -119,25 +138,26 @@ TEST(CausalConv, DocumentsAreIndependentAndRowsMayBeStrided) {
 
 TEST(CausalConv, PrefillAndStepsEqualTheWhole) {
   const at::NoGradGuard no_grad;
+  const int64_t lengths[] = {52, 29};
   for (const bool fast : {true, false})
     for (const auto dtype : {at::kFloat, at::kBFloat16})
-      for (const int64_t width : {1, 4}) {
-        const Spans whole = Spans::documents({12, 9});
-        const at::Tensor x = at::randn({21, kChannels}).to(dtype), w = at::randn({kChannels, 1, width}).to(dtype), b = at::randn({kChannels}).to(dtype);
-        const at::Tensor full = causal_conv1d(x, w, b, whole, true), state = at::randn({3, kChannels, width - 1}).to(dtype);
+      for (const auto& [width, channels] : {std::pair<int64_t, int64_t>{1, kChannels}, {4, kChannels}, {4, 16}, {2, 16}, {6, 3}}) {
+        const Spans whole = Spans::documents({lengths[0], lengths[1]});
+        const at::Tensor x = at::randn({whole.num_tokens(), channels}).to(dtype), w = at::randn({channels, 1, width}).to(dtype), b = at::randn({channels}).to(dtype);
+        const at::Tensor full = causal_conv1d(x, w, b, whole, true), state = at::randn({3, channels, width - 1}).to(dtype);
         at::Tensor parts = at::empty_like(full);
-        const int64_t cuts[][2] = {{0, 0}, {7, 1}, {9, 6}, {10, 7}, {11, 8}, {12, 9}};
+        const int64_t cuts[][2] = {{0, 0}, {40, 1}, {49, 26}, {50, 27}, {51, 28}, {52, 29}};
         for (int step = 0; step < 5; ++step) {
           std::vector<Span> list;
           std::vector<at::Tensor> rows;
           for (int64_t s = 0; s < 2; ++s) {
             const int64_t from = cuts[step][s], length = cuts[step + 1][s] - from;
-            list.push_back({.document = s, .start = from, .length = length, .document_len = s ? 9 : 12, .state_slot = 2 - 2 * s});
-            rows.push_back(x.narrow(0, 12 * s + from, length));
+            list.push_back({.document = s, .start = from, .length = length, .document_len = lengths[s], .state_slot = 2 - 2 * s});
+            rows.push_back(x.narrow(0, lengths[0] * s + from, length));
           }
           const at::Tensor y = (fast ? static_cast<decltype(&causal_conv1d_ref)>(causal_conv1d) : causal_conv1d_ref)(at::cat(rows), w, b, Spans(list), true, state);
           parts.narrow(0, list[0].start, list[0].length).copy_(y.narrow(0, 0, list[0].length));
-          parts.narrow(0, 12 + list[1].start, list[1].length).copy_(y.narrow(0, list[0].length, list[1].length));
+          parts.narrow(0, lengths[0] + list[1].start, list[1].length).copy_(y.narrow(0, list[0].length, list[1].length));
         }
         EXPECT_TRUE(close(parts, full, tolerance(dtype, Op::kElementwise)));
       }

@@ -1,0 +1,20 @@
+# nvcc, for the kernels alone: no torch header is among what it compiles.
+set(TESSERA_CUDA_ARCHITECTURES "80;90a;100a" CACHE STRING "GPU architectures that the kernels are compiled for")
+find_program(CMAKE_CUDA_COMPILER nvcc HINTS ENV CUDACXX PATHS /usr/local/cuda/bin)
+set(CMAKE_CUDA_ARCHITECTURES OFF)  # CMake 3.25 does not know the a of 90a, nor C++20 for this compiler: both are options of the target
+set(CMAKE_CUDA_RUNTIME_LIBRARY Shared)
+enable_language(CUDA)
+
+# tessera_add_kernels(TARGET FILE.cu...)
+function(tessera_add_kernels target)
+  add_library(${target}_kernels OBJECT ${ARGN})
+  set_target_properties(${target}_kernels PROPERTIES CUDA_STANDARD_REQUIRED OFF)
+  target_include_directories(${target}_kernels PRIVATE ${CMAKE_SOURCE_DIR})
+  set(options -std=c++20 --expt-relaxed-constexpr -lineinfo -Xcompiler=-fPIC,-Wall,-Wextra)
+  foreach(arch IN LISTS TESSERA_CUDA_ARCHITECTURES)
+    list(APPEND options "SHELL:-gencode arch=compute_${arch},code=sm_${arch}")
+  endforeach()
+  target_compile_options(${target}_kernels PRIVATE ${options})
+  target_sources(${target} PRIVATE $<TARGET_OBJECTS:${target}_kernels>)
+  target_include_directories(${target} PRIVATE ${CMAKE_CUDA_TOOLKIT_INCLUDE_DIRECTORIES})
+endfunction()

@@ -1,0 +1,21 @@
+#include "layers/cuda/table.hpp"
+
+namespace tessera::gpu {
+namespace {
+
+GpuKernels make_table() {
+  GpuKernels table;
+#ifdef TESSERA_SIMT
+  table.takes = [](const at::Tensor& t) { return t.is_cpu(); };
+#else
+  table.takes = [](const at::Tensor& t) { return t.is_cuda(); };
+#endif
+  add_conv(table);
+  return table;
+}
+
+const GpuKernels kTable = make_table();
+[[maybe_unused]] const bool kGiven = (use_gpu_kernels(&kTable), true);
+
+}  // namespace
+}  // namespace tessera::gpu

@@ -1,0 +1,9 @@
+// The entries of the table of GPU kernels, one function an operator. Internal to layers/cuda.
+#pragma once
+#include "layers/gpu.hpp"
+
+namespace tessera::gpu {
+
+void add_conv(GpuKernels& table);
+
+}  // namespace tessera::gpu

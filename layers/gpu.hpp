@@ -1,0 +1,33 @@
+// The operators' kernels on the GPU: a table of functions over tensors, empty where there is no GPU.
+// An operator asks on_gpu(x) in its forward and backward pass; where that is false it takes the CPU's path, or the plain composition.
+#pragma once
+#include <ATen/core/Tensor.h>
+
+#include <array>
+#include <vector>
+
+#include "tessera/spans.hpp"
+
+namespace tessera {
+
+// Arguments are those of the operator of the same name after its checks; gradients come in the dtype of what they belong to.
+// `rows`: the first row of every span, and N. What returns several tensors leaves undefined those that belong to undefined inputs.
+struct GpuKernels {
+  bool (*takes)(const at::Tensor&) = nullptr;  // the tensor lies where these kernels run
+
+  at::Tensor (*conv_forward)(const at::Tensor& x_nc, const at::Tensor& weight_c1w, const at::Tensor& bias_c, const std::vector<int64_t>& rows,
+                             bool silu) = nullptr;
+  at::Tensor (*conv_with_state)(const at::Tensor& x_nc, const at::Tensor& weight_c1w, const at::Tensor& bias_c, const Spans& spans, bool silu,
+                                const at::Tensor& state_scw) = nullptr;
+  std::array<at::Tensor, 3> (*conv_backward)(const at::Tensor& x_nc, const at::Tensor& dout_nc, const at::Tensor& weight_c1w,
+                                             const at::Tensor& bias_c, const std::vector<int64_t>& rows, bool silu) = nullptr;  // of x, weight, bias
+};
+
+// nullptr where no kernels are there. A library that has some gives its table when it is loaded; the last one given counts.
+const GpuKernels* gpu_kernels();
+void use_gpu_kernels(const GpuKernels* kernels);
+
+// Whether the kernels take x: it lies where they run and is fp32 or bf16.
+bool on_gpu(const at::Tensor& x);
+
+}  // namespace tessera
