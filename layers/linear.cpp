@@ -1,5 +1,7 @@
 #include "layers/linear.hpp"
 
+#include <ATen/Parallel.h>
+#include <ATen/core/grad_mode.h>
 #include <ATen/ops/add.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/linear.h>
@@ -8,6 +10,7 @@
 #include <torch/csrc/autograd/custom_function.h>
 
 #include <algorithm>
+#include <atomic>
 #include <numeric>
 
 #include "layers/few_rows.hpp"
@@ -38,18 +41,38 @@ struct Linear : torch::autograd::Function<Linear> {
   }
 };
 
-// One matrix product an expert into slices of one output. The loop is what a grouped kernel does on a CPU as well.
+// task(e, first row, rows) for every expert, the largest first: threads take one after the other where there are enough of like size, else all share each product.
+template <class Task>
+void for_experts(const std::vector<int64_t>& counts, Task task) {
+  std::vector<int64_t> first(counts.size()), order(counts.size());
+  std::exclusive_scan(counts.begin(), counts.end(), first.begin(), int64_t{0});
+  std::iota(order.begin(), order.end(), 0);
+  std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return counts[a] > counts[b]; });
+  const int64_t threads = at::get_num_threads(), total = first.back() + counts.back();
+  if (threads == 1 || at::in_parallel_region() || threads * counts[order[0]] > total) {
+    for (const int64_t e : order) task(e, first[e], counts[e]);
+    return;
+  }
+  std::atomic<size_t> next = 0;
+  at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    const at::NoGradGuard no_grad;
+    for (size_t i; (i = next++) < order.size();) task(order[i], first[order[i]], counts[order[i]]);
+  });
+}
+
+// One matrix product an expert into slices of one output.
 struct GroupedLinear : torch::autograd::Function<GroupedLinear> {
   static at::Tensor forward(torch::autograd::AutogradContext* ctx, const at::Tensor& x_md, const at::Tensor& w_eod,
                             const std::vector<int64_t>& counts) {
     auto y_mo = at::empty({x_md.size(0), w_eod.size(1)}, x_md.options());
     if (*std::max_element(counts.begin(), counts.end()) <= kFewRows && few_rows_fit(y_mo, x_md, w_eod))
       few_rows_grouped(y_mo, x_md, w_eod, counts);
-    else for (int64_t e = 0, row = 0; e < w_eod.size(0); row += counts[e], ++e) {
-      if (counts[e] == 0) continue;
-      auto out = y_mo.narrow(0, row, counts[e]);
-      product_into(out, x_md.narrow(0, row, counts[e]), w_eod.select(0, e).t());
-    }
+    else
+      for_experts(counts, [&](int64_t e, int64_t row, int64_t count) {
+        if (count == 0) return;
+        auto out = y_mo.narrow(0, row, count);
+        product_into(out, x_md.narrow(0, row, count), w_eod.select(0, e).t());
+      });
     ctx->save_for_backward({x_md, w_eod});
     ctx->saved_data["counts"] = counts;
     return y_mo;
@@ -63,21 +86,21 @@ struct GroupedLinear : torch::autograd::Function<GroupedLinear> {
     at::Tensor dx_md, dw_eod;
     if (ctx->needs_input_grad(0)) dx_md = at::empty(x_md.sizes(), x_md.options());
     if (ctx->needs_input_grad(1)) dw_eod = at::empty(w_eod.sizes(), w_eod.options());
-    for (int64_t e = 0, row = 0; e < w_eod.size(0); row += counts[e], ++e) {
-      if (counts[e] == 0) {
+    for_experts(counts, [&](int64_t e, int64_t row, int64_t count) {
+      if (count == 0) {
         if (dw_eod.defined()) dw_eod.select(0, e).zero_();
-        continue;
+        return;
       }
-      const auto dy = dy_mo.narrow(0, row, counts[e]);
+      const auto dy = dy_mo.narrow(0, row, count);
       if (dx_md.defined()) {
-        auto out = dx_md.narrow(0, row, counts[e]);
+        auto out = dx_md.narrow(0, row, count);
         product_into(out, dy, w_eod.select(0, e));
       }
       if (dw_eod.defined()) {
         auto out = dw_eod.select(0, e);
-        product_into(out, dy.t(), x_md.narrow(0, row, counts[e]));
+        product_into(out, dy.t(), x_md.narrow(0, row, count));
       }
-    }
+    });
     return {dx_md, dw_eod, {}};
   }
 };

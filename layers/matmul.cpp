@@ -60,7 +60,9 @@ void product_into(at::Tensor& out_mn, const at::Tensor& a_mk, const at::Tensor& 
     else at::mm_out(out_mn, a_mk, b_kn);
     return;
   }
-  const int64_t whole_rows = rows / kStep * kStep, whole_inner = inner / kStep * kStep, more_rows = rows - whole_rows, more_inner = inner - whole_inner;
+  // What follows the data are the rows of activations: of a itself, or, where a is transposed for a weight's gradient, the inner size. The other is the model's.
+  const bool gradient = a_mk.stride(1) != 1;
+  const int64_t whole_rows = gradient ? rows : rows / kStep * kStep, whole_inner = gradient ? inner / kStep * kStep : inner, more_rows = rows - whole_rows, more_inner = inner - whole_inner;
   at::Tensor top = out_mn.narrow(0, 0, whole_rows);
   const at::Tensor a_top = a_mk.narrow(0, 0, whole_rows);
   onednn(top, a_top.narrow(1, 0, whole_inner), b_kn.narrow(0, 0, whole_inner), add);
