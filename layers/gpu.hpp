@@ -21,6 +21,11 @@ struct GpuKernels {
                                 const at::Tensor& state_scw) = nullptr;
   std::array<at::Tensor, 3> (*conv_backward)(const at::Tensor& x_nc, const at::Tensor& dout_nc, const at::Tensor& weight_c1w,
                                              const at::Tensor& bias_c, const std::vector<int64_t>& rows, bool silu) = nullptr;  // of x, weight, bias
+
+  std::array<at::Tensor, 2> (*norm_forward)(const at::Tensor& y_ni, const at::Tensor& z_ni, const at::Tensor& weight_i, int64_t group_size, double eps,
+                                            at::ScalarType out_dtype) = nullptr;  // out, rstd fp32 [N, groups]; z undefined: rms_norm
+  std::array<at::Tensor, 3> (*norm_backward)(const at::Tensor& y_ni, const at::Tensor& z_ni, const at::Tensor& weight_i, int64_t group_size,
+                                             const at::Tensor& rstd_ng, const at::Tensor& dout_ni) = nullptr;  // of y, z, weight
 };
 
 // nullptr where no kernels are there. A library that has some gives its table when it is loaded; the last one given counts.

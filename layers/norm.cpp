@@ -10,6 +10,7 @@
 #include <cmath>
 #include <vector>
 
+#include "layers/gpu.hpp"
 #include "layers/tile_gemm.hpp"
 #include "layers/vector_math.hpp"
 #include "tessera/error.hpp"
@@ -62,6 +63,11 @@ class RmsNorm : public torch::autograd::Function<RmsNorm> {
  public:
   static at::Tensor forward(torch::autograd::AutogradContext* ctx, const at::Tensor& x_nd, const at::Tensor& weight_d, double eps,
                             at::ScalarType out_dtype) {
+    if (on_gpu(x_nd)) {
+      const auto [out, rstd_n1] = gpu_kernels()->norm_forward(x_nd, {}, weight_d, x_nd.size(1), eps, out_dtype);
+      ctx->save_for_backward({x_nd, weight_d, rstd_n1});
+      return out;
+    }
     const at::Tensor x = unit_stride(x_nd.detach()), weight = weight_d.detach().to(at::kFloat).contiguous();
     const int64_t N = x.size(0), D = x.size(1);
     at::Tensor out = at::empty({N, D}, x.options().dtype(out_dtype)), rstd_n = at::empty({N}, x.options().dtype(at::kFloat));
@@ -90,6 +96,10 @@ class RmsNorm : public torch::autograd::Function<RmsNorm> {
 
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx, torch::autograd::variable_list grads) {
     const auto saved = ctx->get_saved_variables();
+    if (on_gpu(saved[0])) {
+      const auto grad = gpu_kernels()->norm_backward(saved[0], {}, saved[1], saved[0].size(1), saved[2], grads[0]);
+      return {grad[0], grad[2], at::Tensor(), at::Tensor()};
+    }
     const at::Tensor x = unit_stride(saved[0]), weight = saved[1].to(at::kFloat).contiguous(), dout = unit_stride(grads[0]);
     const int64_t N = x.size(0), D = x.size(1);
     at::Tensor dx = at::empty({N, D}, x.options());
@@ -130,6 +140,12 @@ class GatedRmsNorm : public torch::autograd::Function<GatedRmsNorm> {
  public:
   static at::Tensor forward(torch::autograd::AutogradContext* ctx, const at::Tensor& y_ni, const at::Tensor& z_ni, const at::Tensor& weight_i,
                             int64_t group_size, double eps, at::ScalarType out_dtype) {
+    ctx->saved_data["group_size"] = group_size;
+    if (on_gpu(y_ni)) {
+      const auto [out, rstd_ng] = gpu_kernels()->norm_forward(y_ni, z_ni, weight_i, group_size, eps, out_dtype);
+      ctx->save_for_backward({y_ni, z_ni, weight_i, rstd_ng});
+      return out;
+    }
     const at::Tensor y = unit_stride(y_ni.detach()), z = unit_stride(z_ni.detach()), weight = weight_i.detach().to(at::kFloat).contiguous();
     const int64_t N = y.size(0), I = y.size(1), groups = I / group_size;
     at::Tensor out = at::empty({N, I}, y.options().dtype(out_dtype)), rstd_ng = at::empty({N, groups}, y.options());
@@ -161,12 +177,15 @@ class GatedRmsNorm : public torch::autograd::Function<GatedRmsNorm> {
       });
     });
     ctx->save_for_backward({y_ni, z_ni, weight_i, rstd_ng});
-    ctx->saved_data["group_size"] = group_size;
     return out;
   }
 
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx, torch::autograd::variable_list grads) {
     const auto saved = ctx->get_saved_variables();
+    if (on_gpu(saved[0])) {
+      const auto [dy, dz, dw] = gpu_kernels()->norm_backward(saved[0], saved[1], saved[2], ctx->saved_data["group_size"].toInt(), saved[3], grads[0]);
+      return {dy, dz, dw, at::Tensor(), at::Tensor(), at::Tensor()};
+    }
     const at::Tensor y = unit_stride(saved[0]), z = unit_stride(saved[1]), weight = saved[2].to(at::kFloat).contiguous();
     const at::Tensor dout = unit_stride(grads[0]);
     const int64_t N = y.size(0), I = y.size(1), group_size = ctx->saved_data["group_size"].toInt(), groups = I / group_size;
@@ -222,7 +241,7 @@ std::string text(const at::Tensor& t) { return fmt::format("{} [{}]", c10::toStr
 at::Tensor rms_norm(const at::Tensor& x_nd, const at::Tensor& weight_d, double eps, at::ScalarType out_dtype) {
   if (x_nd.dim() != 2 || weight_d.dim() != 1 || weight_d.size(0) != x_nd.size(1))
     throw Error(ExitCode::kRuntime, fmt::format("[rms_norm] x must be [N, D] and weight [D], got {} and {}", text(x_nd), text(weight_d)));
-  if (!x_nd.is_cpu() || !plain(x_nd.scalar_type()) || !plain(out_dtype) || x_nd.numel() == 0) return rms_norm_ref(x_nd, weight_d, eps, out_dtype);
+  if ((!on_gpu(x_nd) && !x_nd.is_cpu()) || !plain(x_nd.scalar_type()) || !plain(out_dtype) || x_nd.numel() == 0) return rms_norm_ref(x_nd, weight_d, eps, out_dtype);
   return RmsNorm::apply(x_nd, weight_d, eps, out_dtype);
 }
 
@@ -232,7 +251,8 @@ at::Tensor gated_rms_norm(const at::Tensor& y_ni, const at::Tensor& z_ni, const 
       y_ni.size(1) % group_size != 0)
     throw Error(ExitCode::kRuntime, fmt::format("[gated_rms_norm] y and z must be [N, I], weight [I] and I a multiple of group_size, got {}, {}, {} and {}",
                                                 text(y_ni), text(z_ni), text(weight_i), group_size));
-  if (!y_ni.is_cpu() || y_ni.scalar_type() != at::kFloat || !plain(z_ni.scalar_type()) || !plain(out_dtype) || y_ni.numel() == 0)
+  const bool fits = on_gpu(y_ni) ? y_ni.scalar_type() == at::kFloat || z_ni.scalar_type() == at::kBFloat16 : y_ni.is_cpu() && y_ni.scalar_type() == at::kFloat;
+  if (!fits || !plain(z_ni.scalar_type()) || !plain(out_dtype) || y_ni.numel() == 0)
     return gated_rms_norm_ref(y_ni, z_ni, weight_i, group_size, eps, out_dtype);
   return GatedRmsNorm::apply(y_ni, z_ni, weight_i, group_size, eps, out_dtype);
 }

@@ -13,7 +13,7 @@ at::Tensor rms_norm(const at::Tensor& x_nd, const at::Tensor& weight_d, double e
 at::Tensor rms_norm_ref(const at::Tensor& x_nd, const at::Tensor& weight_d, double eps, at::ScalarType out_dtype);
 
 // Mamba2's output norm: v = y * silu(z), then v / sqrt(mean(v^2 over each group_size channels) + eps) * weight: the gate comes first.
-// y_ni: [N, I] fp32; z_ni: [N, I] fp32 or bf16, rows may be strided; weight_i: [I]; group_size divides I. Returns [N, I] in out_dtype.
+// y_ni: [N, I] fp32, or bf16 with z in bf16; z_ni: [N, I] fp32 or bf16, rows may be strided; weight_i: [I]; group_size divides I. Returns [N, I] in out_dtype.
 // Keeps y, z and one number a group for the backward pass. Throws as above. Source: arXiv:2405.21060, section 7.
 at::Tensor gated_rms_norm(const at::Tensor& y_ni, const at::Tensor& z_ni, const at::Tensor& weight_i, int64_t group_size, double eps,
                           at::ScalarType out_dtype);

@@ -11,6 +11,7 @@ GpuKernels make_table() {
   table.takes = [](const at::Tensor& t) { return t.is_cuda(); };
 #endif
   add_conv(table);
+  add_norm(table);
   return table;
 }
 

@@ -5,5 +5,6 @@
 namespace tessera::gpu {
 
 void add_conv(GpuKernels& table);
+void add_norm(GpuKernels& table);
 
 }  // namespace tessera::gpu

@@ -23,12 +23,12 @@ struct Result {
   std::vector<at::Tensor> grads;
 };
 
-// `gated`: inputs are y, z, weight; otherwise x, weight. y and the weight stay fp32 in bf16.
+// `gated`: inputs are y, z, weight; otherwise x, weight. The weight stays fp32 in bf16, and so does y unless y_too.
 Result run(const std::vector<at::Tensor>& inputs, const at::Tensor& dout, bool gated, bool fast, int64_t group_size, at::ScalarType dtype,
-           at::ScalarType out_dtype) {
+           at::ScalarType out_dtype, bool y_too = false) {
   std::vector<at::Tensor> in;
   for (size_t k = 0; k < inputs.size(); ++k) {
-    const bool wide = k + 1 == inputs.size() || (gated && k == 0);
+    const bool wide = k + 1 == inputs.size() || (gated && k == 0 && !y_too);
     in.push_back(inputs[k].to(wide && dtype == at::kBFloat16 ? at::kFloat : dtype).detach().clone().requires_grad_());
   }
   Result r;
@@ -70,9 +70,9 @@ TEST_P(Norms, Bfloat16ErrorIsAtMostTwiceThePlainComposition) {
   for (auto& t : in) t = t.to(at::kBFloat16).to(at::kDouble);
   const at::Tensor dout = at::randn({n, d}, at::kDouble).to(at::kBFloat16).to(at::kDouble);
   const double rounding = tolerance(at::kFloat, Op::kElementwise);  // of fp32 results, where one row of the plain composition may be lucky
-  for (const auto out_dtype : {at::kBFloat16, at::kFloat}) {
+  for (const auto& [out_dtype, y_too] : {std::pair{at::kBFloat16, false}, {at::kFloat, false}, {at::kBFloat16, true}}) {
     const Result want = run(in, dout, gated, false, d / 3, at::kDouble, at::kDouble);
-    const Result plain = run(in, dout, gated, false, d / 3, at::kBFloat16, out_dtype), fast = run(in, dout, gated, true, d / 3, at::kBFloat16, out_dtype);
+    const Result plain = run(in, dout, gated, false, d / 3, at::kBFloat16, out_dtype, y_too), fast = run(in, dout, gated, true, d / 3, at::kBFloat16, out_dtype, y_too);
     EXPECT_EQ(fast.out.scalar_type(), out_dtype);
     EXPECT_TRUE(close(fast.out, want.out, std::max(rounding, kErrorFactor * relative_rms(plain.out, want.out))));
     for (size_t k = 0; k < in.size(); ++k)
@@ -81,6 +81,8 @@ TEST_P(Norms, Bfloat16ErrorIsAtMostTwiceThePlainComposition) {
 }
 
 INSTANTIATE_TEST_SUITE_P(All, Norms, testing::Combine(testing::Bool(), testing::Values(1, 63, 130), testing::Values(33, 96)));
+// Groups of several warps of a GPU's kernel, and such as no block holds.
+INSTANTIATE_TEST_SUITE_P(Long, Norms, testing::Combine(testing::Bool(), testing::Values(7), testing::Values(1536, 2055, 4320, 8400)));
 
 TEST(Norm, ReferenceGradientsMatchFiniteDifferences) {
   for (const bool gated : {false, true}) {
