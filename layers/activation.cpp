@@ -4,6 +4,7 @@
 #include <ATen/ops/empty_like.h>
 #include <torch/csrc/autograd/custom_function.h>
 
+#include "layers/gpu.hpp"
 #include "layers/vector_math.hpp"
 
 namespace tessera {
@@ -39,14 +40,16 @@ T* data(const at::Tensor& t) { return static_cast<T*>(t.data_ptr()); }
 
 struct Relu2 : torch::autograd::Function<Relu2> {
   static at::Tensor forward(torch::autograd::AutogradContext* ctx, const at::Tensor& x) {
+    ctx->save_for_backward({x});
+    if (on_gpu(x)) return gpu_kernels()->relu2_forward(x);
     auto y = at::empty_like(x);
     if (x.scalar_type() == at::kFloat) forward_loop(data<float>(x), data<float>(y), x.numel());
     else forward_loop(data<c10::BFloat16>(x), data<c10::BFloat16>(y), x.numel());
-    ctx->save_for_backward({x});
     return y;
   }
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx, torch::autograd::variable_list grads) {
     const auto x = ctx->get_saved_variables()[0];
+    if (on_gpu(x)) return {gpu_kernels()->relu2_backward(x, grads[0])};
     const auto dy = grads[0].contiguous();
     auto dx = at::empty_like(x);
     if (x.scalar_type() == at::kFloat) backward_loop(data<float>(x), data<float>(dy), data<float>(dx), x.numel());
@@ -58,7 +61,7 @@ struct Relu2 : torch::autograd::Function<Relu2> {
 }  // namespace
 
 at::Tensor relu2(const at::Tensor& x) {
-  if (!x.is_cpu() || (x.scalar_type() != at::kFloat && x.scalar_type() != at::kBFloat16)) return relu2_ref(x);
+  if ((!on_gpu(x) && !x.is_cpu()) || (x.scalar_type() != at::kFloat && x.scalar_type() != at::kBFloat16)) return relu2_ref(x);
   return Relu2::apply(x.contiguous());
 }
 

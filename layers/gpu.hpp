@@ -26,6 +26,12 @@ struct GpuKernels {
                                             at::ScalarType out_dtype) = nullptr;  // out, rstd fp32 [N, groups]; z undefined: rms_norm
   std::array<at::Tensor, 3> (*norm_backward)(const at::Tensor& y_ni, const at::Tensor& z_ni, const at::Tensor& weight_i, int64_t group_size,
                                              const at::Tensor& rstd_ng, const at::Tensor& dout_ni) = nullptr;  // of y, z, weight
+
+  at::Tensor (*relu2_forward)(const at::Tensor& x) = nullptr;
+  at::Tensor (*relu2_backward)(const at::Tensor& x, const at::Tensor& dy) = nullptr;
+  // Of the tokens' streams of numbers under `key`: fp32 [N, width], and x with some of its elements 0. token_n int64 [N].
+  at::Tensor (*uniform)(uint64_t key, const at::Tensor& token_n, int64_t width, int64_t first) = nullptr;
+  at::Tensor (*dropout)(const at::Tensor& x_nw, uint64_t key, const at::Tensor& token_n, int64_t first, double p) = nullptr;
 };
 
 // nullptr where no kernels are there. A library that has some gives its table when it is loaded; the last one given counts.
@@ -34,5 +40,7 @@ void use_gpu_kernels(const GpuKernels* kernels);
 
 // Whether the kernels take x: it lies where they run and is fp32 or bf16.
 bool on_gpu(const at::Tensor& x);
+// Whether t, of any dtype, lies where kernels run.
+bool lies_on_gpu(const at::Tensor& t);
 
 }  // namespace tessera

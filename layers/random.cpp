@@ -14,6 +14,7 @@
 #include <algorithm>
 #include <array>
 
+#include "layers/gpu.hpp"
 #include "tessera/error.hpp"
 
 namespace tessera {
@@ -85,10 +86,14 @@ at::Tensor draw_composed(const Stream& s) {
   return bits_nc.narrow(1, s.first - turn * kAtOnce, s.width).bitwise_right_shift(8).to(at::kFloat) * 0x1p-24;
 }
 
-at::Tensor draw(const Stream& s) { return s.token_n.is_cpu() ? draw_cpu(s) : draw_composed(s); }
+at::Tensor draw(const Stream& s) {
+  if (lies_on_gpu(s.token_n)) return gpu_kernels()->uniform(s.key, s.token_n, s.width, s.first);
+  return s.token_n.is_cpu() ? draw_cpu(s) : draw_composed(s);
+}
 
 struct DropoutFunction : public torch::autograd::Function<DropoutFunction> {
   static at::Tensor apply_mask(const at::Tensor& x, const Stream& s, double p) {
+    if (on_gpu(x)) return gpu_kernels()->dropout(x, s.key, s.token_n, s.first, p);
     return at::where(draw(s) >= p, x.div(1 - p), at::scalar_tensor(0, x.options()));
   }
   static at::Tensor forward(torch::autograd::AutogradContext* ctx, const at::Tensor& x_nw, const at::Tensor& token_n, int64_t key, int64_t first, double p) {

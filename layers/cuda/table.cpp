@@ -12,6 +12,7 @@ GpuKernels make_table() {
 #endif
   add_conv(table);
   add_norm(table);
+  add_pointwise(table);
   return table;
 }
 

@@ -6,5 +6,6 @@ namespace tessera::gpu {
 
 void add_conv(GpuKernels& table);
 void add_norm(GpuKernels& table);
+void add_pointwise(GpuKernels& table);
 
 }  // namespace tessera::gpu

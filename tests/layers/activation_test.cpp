@@ -16,7 +16,7 @@ namespace {
 
 TEST(Relu2, EqualsTheComposition) {
   for (const auto dtype : {at::kDouble, at::kFloat, at::kBFloat16})
-    for (const int64_t rows : {0, 1, 63, 130}) {
+    for (const int64_t rows : {0, 1, 63, 130, 500}) {
       const auto x = at::randn({rows, 37}, dtype), dy = at::randn({rows, 37}, dtype);
       const auto fast = with_gradients([](const auto& in) { return relu2(in[0]); }, {x}, dy);
       const auto want = with_gradients([](const auto& in) { return relu2_ref(in[0]); }, {x.to(at::kDouble)}, dy);
@@ -32,6 +32,13 @@ TEST(Relu2, TakesStridedInput) {
   const auto want = with_gradients([](const auto& in) { return relu2_ref(in[0]); }, {x}, dy);
   EXPECT_TRUE(close(fast.output, want.output, tolerance(at::kFloat, Op::kElementwise)));
   EXPECT_TRUE(close(fast.gradients[0], want.gradients[0], tolerance(at::kFloat, Op::kElementwise)));
+}
+
+TEST(Relu2, TakesASliceThatBeginsAnywhere) {
+  for (const auto dtype : {at::kFloat, at::kBFloat16}) {
+    const auto x = at::randn({40, 37}, dtype).narrow(0, 1, 39);
+    EXPECT_TRUE(bit_equal(relu2(x), relu2(x.clone())));
+  }
 }
 
 TEST(Relu2, KeepsNan) {
