@@ -10,6 +10,8 @@
 
 namespace tessera {
 
+struct SsdSizes;
+
 // Arguments are those of the operator of the same name after its checks; gradients come in the dtype of what they belong to.
 // `rows`: the first row of every span, and N. What returns several tensors leaves undefined those that belong to undefined inputs.
 struct GpuKernels {
@@ -32,6 +34,15 @@ struct GpuKernels {
   // Of the tokens' streams of numbers under `key`: fp32 [N, width], and x with some of its elements 0. token_n int64 [N].
   at::Tensor (*uniform)(uint64_t key, const at::Tensor& token_n, int64_t width, int64_t first) = nullptr;
   at::Tensor (*dropout)(const at::Tensor& x_nw, uint64_t key, const at::Tensor& token_n, int64_t first, double p) = nullptr;
+
+  // ssd_scan. bf16 inputs: operands of products are rounded to bf16 (decayed C B^T, weighted x, states between chunks, the gradient of y), sums are fp32.
+  at::Tensor (*scan_forward)(const at::Tensor& xbc_nc, const at::Tensor& dt_nh, const at::Tensor& dt_bias_h, const at::Tensor& A_log_h, const at::Tensor& D_h,
+                             const SsdSizes& sizes, const std::vector<int64_t>& rows) = nullptr;
+  at::Tensor (*scan_with_state)(const at::Tensor& xbc_nc, const at::Tensor& dt_nh, const at::Tensor& dt_bias_h, const at::Tensor& A_log_h,
+                                const at::Tensor& D_h, const SsdSizes& sizes, const Spans& spans, const at::Tensor& state_shps) = nullptr;
+  std::array<at::Tensor, 5> (*scan_backward)(const at::Tensor& xbc_nc, const at::Tensor& dt_nh, const at::Tensor& dt_bias_h, const at::Tensor& A_log_h,
+                                             const at::Tensor& D_h, const SsdSizes& sizes, const std::vector<int64_t>& rows,
+                                             const at::Tensor& dy_ni) = nullptr;  // of xbc, dt, dt_bias, A_log, D
 };
 
 // nullptr where no kernels are there. A library that has some gives its table when it is loaded; the last one given counts.

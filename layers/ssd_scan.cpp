@@ -5,6 +5,7 @@
 #include <fmt/ranges.h>
 #include <torch/csrc/autograd/custom_function.h>
 
+#include "layers/gpu.hpp"
 #include "layers/ssd_scan_cpu.hpp"
 #include "tessera/error.hpp"
 
@@ -53,6 +54,7 @@ class SsdScan : public torch::autograd::Function<SsdScan> {
     ctx->saved_data["rows"] = rows;
     ctx->saved_data["sizes"] = std::vector<int64_t>{z.num_heads, z.head_dim, z.num_groups, z.state_size, z.chunk};
     ctx->saved_data["limits"] = std::vector<double>{z.dt_min, z.dt_max};
+    if (on_gpu(xbc_nc)) return gpu_kernels()->scan_forward(xbc_nc, dt_nh, dt_bias_h, A_log_h, D_h, z, rows);
     return ssd_cpu::forward(prepare(xbc_nc, dt_nh, dt_bias_h, A_log_h, D_h, z, rows), nullptr, {});
   }
 
@@ -61,7 +63,12 @@ class SsdScan : public torch::autograd::Function<SsdScan> {
     const auto z = ctx->saved_data["sizes"].toIntVector();
     const auto limits = ctx->saved_data["limits"].toDoubleVector();
     const SsdSizes sizes{z[0], z[1], z[2], z[3], z[4], limits[0], limits[1]};
-    const auto in = prepare(saved[0], saved[1], saved[2], saved[3], saved[4], sizes, ctx->saved_data["rows"].toIntVector());
+    const auto rows = ctx->saved_data["rows"].toIntVector();
+    if (on_gpu(saved[0])) {
+      const auto g = gpu_kernels()->scan_backward(saved[0], saved[1], saved[2], saved[3], saved[4], sizes, rows, grads[0]);
+      return {g[0], g[1], g[2], g[3], g[4], at::Tensor(), at::Tensor()};
+    }
+    const auto in = prepare(saved[0], saved[1], saved[2], saved[3], saved[4], sizes, rows);
     const ssd_cpu::Gradients g = ssd_cpu::backward(in, grads[0].to(at::kFloat).contiguous());
     return {g.xbc_nc, g.dt_nh.to(saved[1].scalar_type()), g.dt_bias_h.to(saved[2].scalar_type()), g.A_log_h.to(saved[3].scalar_type()),
             g.D_h.to(saved[4].scalar_type()), at::Tensor(), at::Tensor()};
@@ -73,10 +80,12 @@ class SsdScan : public torch::autograd::Function<SsdScan> {
 at::Tensor ssd_scan(const at::Tensor& xbc_nc, const at::Tensor& dt_nh, const at::Tensor& dt_bias_h, const at::Tensor& A_log_h,
                     const at::Tensor& D_h, const SsdSizes& sizes, const Spans& spans, const at::Tensor& state_shps) {
   check(xbc_nc, dt_nh, dt_bias_h, A_log_h, D_h, sizes, spans, state_shps);
-  if (!xbc_nc.is_cpu() || xbc_nc.scalar_type() == at::kDouble || spans.num_tokens() == 0)
+  const bool gpu = on_gpu(xbc_nc);
+  if ((!gpu && !xbc_nc.is_cpu()) || xbc_nc.scalar_type() == at::kDouble || spans.num_tokens() == 0)
     return ssd_scan_ref(xbc_nc, dt_nh, dt_bias_h, A_log_h, D_h, sizes, spans, state_shps);
   if (!state_shps.defined()) return SsdScan::apply(xbc_nc, dt_nh, dt_bias_h, A_log_h, D_h, sizes, spans.rows());
   const at::NoGradGuard no_grad;
+  if (gpu) return gpu_kernels()->scan_with_state(xbc_nc, dt_nh, dt_bias_h, A_log_h, D_h, sizes, spans, state_shps);
   const auto in = prepare(xbc_nc, dt_nh, dt_bias_h, A_log_h, D_h, sizes, spans.rows());
   return spans.num_tokens() == spans.size() ? ssd_cpu::step(in, spans, state_shps) : ssd_cpu::forward(in, &spans, state_shps);
 }

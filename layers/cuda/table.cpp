@@ -13,6 +13,7 @@ GpuKernels make_table() {
   add_conv(table);
   add_norm(table);
   add_pointwise(table);
+  add_scan(table);
   return table;
 }
 

@@ -7,5 +7,6 @@ namespace tessera::gpu {
 void add_conv(GpuKernels& table);
 void add_norm(GpuKernels& table);
 void add_pointwise(GpuKernels& table);
+void add_scan(GpuKernels& table);
 
 }  // namespace tessera::gpu

@@ -2,6 +2,7 @@
 
 #include <ATen/Context.h>
 #include <ATen/TensorOperators.h>
+#include <ATen/autocast_mode.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
@@ -15,6 +16,7 @@
 
 #include "tessera/error.hpp"
 #include "tests/support/compare.hpp"
+#include "tests/support/emulated.hpp"
 #include "tests/support/tolerance.hpp"
 
 namespace tessera {
@@ -78,7 +80,19 @@ at::Tensor recurrence(const Problem& p) {
   return at::cat(rows);
 }
 
+// The composition with its matrix products in bf16, operands and results, as mixed precision makes it.
+at::Tensor mixed_precision(const at::Tensor& xbc_nc, const at::Tensor& dt_nh, const at::Tensor& dt_bias_h, const at::Tensor& A_log_h, const at::Tensor& D_h,
+                           const SsdSizes& sizes, const Spans& spans, const at::Tensor& state_shps) {
+  at::autocast::set_autocast_enabled(at::kCPU, true);
+  const at::Tensor y = ssd_scan_ref(xbc_nc, dt_nh, dt_bias_h, A_log_h, D_h, sizes, spans, state_shps);
+  at::autocast::clear_cache();
+  at::autocast::set_autocast_enabled(at::kCPU, false);
+  return y;
+}
+
 const SsdSizes kSmall{.num_heads = 6, .head_dim = 5, .num_groups = 2, .state_size = 7, .chunk = 16};
+
+const SsdSizes kWhole{.num_heads = 4, .head_dim = 16, .num_groups = 2, .state_size = 72, .chunk = 16};  // in whole vectors of 16 bytes
 
 struct NanFill {
   NanFill() { set(true); }
@@ -139,16 +153,19 @@ TEST(SsdScan, ReferenceGradientsMatchFiniteDifferences) {
   }
 }
 
-// Realistic head sizes, whole and ragged tiles; errors against fp64 next to the plain composition's.
+// Realistic head sizes, whole and ragged tiles; errors against fp64 next to the plain composition's. The CPU computes in fp32 throughout, the GPU's kernels
+// take bf16 operands for the products of bf16 inputs: there the composition does so too, and the gradient that comes in is bf16 as well.
 TEST(SsdScan, ErrorIsAtMostTwiceThePlainComposition) {
   for (const auto dtype : {at::kFloat, at::kBFloat16})
-    for (const int64_t state_size : {64, 24}) {
-      const Problem p = make({200, 64, 5}, {.num_heads = 4, .head_dim = 40, .num_groups = 2, .state_size = state_size, .chunk = 64});
+    for (const auto& [head_dim, state_size] : {std::pair<int64_t, int64_t>{40, 64}, {40, 24}, {72, 136}}) {
+      const bool half = dtype == at::kBFloat16 && emulated();
+      const Problem p = make({200, 64, 5}, {.num_heads = 4, .head_dim = head_dim, .num_groups = 2, .state_size = state_size, .chunk = 64});
       Problem rounded = p;
       for (size_t k = 0; k < 2; ++k) rounded.inputs[k] = p.inputs[k].to(dtype).to(at::kDouble);
       for (size_t k = 2; k < 5; ++k) rounded.inputs[k] = p.inputs[k].to(at::kFloat).to(at::kDouble);
-      rounded.dy = p.dy.to(at::kFloat).to(at::kDouble);
-      const Result want = run(rounded, at::kDouble, ssd_scan_ref), fast = run(rounded, dtype, ssd_scan), plain = run(rounded, dtype, ssd_scan_ref);
+      rounded.dy = p.dy.to(half ? at::kBFloat16 : at::kFloat).to(at::kDouble);
+      const Result want = run(rounded, at::kDouble, ssd_scan_ref), fast = run(rounded, dtype, ssd_scan),
+                   plain = run(rounded, dtype, half ? mixed_precision : ssd_scan_ref);
       EXPECT_TRUE(close(fast.y, want.y, kErrorFactor * relative_rms(plain.y, want.y)));
       for (size_t k = 0; k < 5; ++k)
         EXPECT_TRUE(close(fast.grads[k], want.grads[k], kErrorFactor * relative_rms(plain.grads[k], want.grads[k]))) << kNames[k];
@@ -189,31 +206,31 @@ TEST(SsdScan, RunsAreBitEqual) {
 // Two documents, prefilled in two pieces, then token by token, against the scan of the whole.
 TEST(SsdScan, PrefillAndStepsEqualTheFullScan) {
   const at::NoGradGuard no_grad;
-  const std::vector<int64_t> lengths{40, 33}, slots{2, 0};
+  const std::vector<int64_t> lengths{200, 33}, slots{2, 0};
   for (const Scan scan : {Scan(ssd_scan), Scan(ssd_scan_ref)})
-    for (const auto dtype : {at::kFloat, at::kBFloat16}) {
-      const Problem p = make(lengths, kSmall);
+    for (const auto& [dtype, sizes] : {std::pair{at::kFloat, kSmall}, {at::kBFloat16, kSmall}, {at::kBFloat16, kWhole}}) {
+      const Problem p = make(lengths, sizes);
       std::vector<at::Tensor> in;
       for (size_t k = 0; k < 5; ++k) in.push_back(p.inputs[k].to(k < 2 ? dtype : at::kFloat));
       const at::Tensor full = ssd_scan(in[0], in[1], in[2], in[3], in[4], p.sizes, p.spans, {});
-      at::Tensor state = at::randn({3, 6, 5, 7}), parts = at::empty_like(full);
+      at::Tensor state = at::randn({3, sizes.num_heads, sizes.head_dim, sizes.state_size}), parts = at::empty_like(full);
       const at::Tensor untouched = state[1].clone();
       auto advance = [&](const std::vector<int64_t>& from, const std::vector<int64_t>& to) {
         std::vector<Span> list;
         std::vector<at::Tensor> xbc, dt;
         for (int64_t s = 0; s < 2; ++s) {
           list.push_back({.document = s, .start = from[s], .length = to[s] - from[s], .document_len = lengths[s], .state_slot = slots[s]});
-          xbc.push_back(in[0].narrow(0, s * 40 + from[s], to[s] - from[s]));
-          dt.push_back(in[1].narrow(0, s * 40 + from[s], to[s] - from[s]));
+          xbc.push_back(in[0].narrow(0, s * 200 + from[s], to[s] - from[s]));
+          dt.push_back(in[1].narrow(0, s * 200 + from[s], to[s] - from[s]));
         }
         const at::Tensor y = scan(at::cat(xbc), at::cat(dt), in[2], in[3], in[4], p.sizes, Spans(list), state);
         parts.narrow(0, from[0], to[0] - from[0]).copy_(y.narrow(0, 0, to[0] - from[0]));
-        parts.narrow(0, 40 + from[1], to[1] - from[1]).copy_(y.narrow(0, to[0] - from[0], to[1] - from[1]));
+        parts.narrow(0, 200 + from[1], to[1] - from[1]).copy_(y.narrow(0, to[0] - from[0], to[1] - from[1]));
       };
-      advance({0, 0}, {20, 1});
-      advance({20, 1}, {37, 30});
-      for (int64_t t = 0; t < 3; ++t) advance({37 + t, 30 + t}, {38 + t, 31 + t});
-      EXPECT_TRUE(close(parts, full, tolerance(at::kFloat, Op::kScan)));
+      advance({0, 0}, {150, 1});
+      advance({150, 1}, {197, 30});
+      for (int64_t t = 0; t < 3; ++t) advance({197 + t, 30 + t}, {198 + t, 31 + t});
+      EXPECT_TRUE(close(parts, full, tolerance(emulated() ? dtype : at::kFloat, Op::kScan)));
       EXPECT_TRUE(bit_equal(state[1], untouched));
     }
 }

@@ -348,9 +348,9 @@ uint16_t round_bf16(float v) {
 
 namespace {
 
+// Operands in fp32: a two a register pair, b likewise.
 struct Product {
-  float* d;
-  const uint32_t *a, *b;
+  float *d, a[8], b[4];
 };
 
 void multiply(const void* const* in, void* const*) {
@@ -358,20 +358,16 @@ void multiply(const void* const* in, void* const*) {
   for (int lane = 0; lane < 32; ++lane) {
     const auto& p = *static_cast<const Product*>(in[lane]);
     const int g = lane / 4, t = lane % 4;
-    for (int half = 0; half < 2; ++half) {
-      const int shift = 16 * half;
-      for (int r = 0; r < 4; ++r) a[g + 8 * (r % 2)][2 * t + 8 * (r / 2) + half] = from_bf16(p.a[r] >> shift & 0xffff);
-      for (int r = 0; r < 2; ++r) b[2 * t + 8 * r + half][g] = from_bf16(p.b[r] >> shift & 0xffff);
-    }
+    for (int r = 0; r < 8; ++r) a[g + 8 * (r / 2 % 2)][2 * t + 8 * (r / 4) + r % 2] = p.a[r];
+    for (int r = 0; r < 4; ++r) b[2 * t + 8 * (r / 2) + r % 2][g] = p.b[r];
   }
+  float sums[16][8] = {};
+  for (int m = 0; m < 16; ++m)
+    for (int k = 0; k < 16; ++k)
+      for (int n = 0; n < 8; ++n) sums[m][n] = std::fma(a[m][k], b[k][n], sums[m][n]);
   for (int lane = 0; lane < 32; ++lane) {
     const auto& p = *static_cast<const Product*>(in[lane]);
-    for (int r = 0; r < 4; ++r) {
-      const int row = lane / 4 + 8 * (r / 2), column = 2 * (lane % 4) + r % 2;
-      float sum = 0;
-      for (int k = 0; k < 16; ++k) sum += a[row][k] * b[k][column];
-      p.d[r] += sum;
-    }
+    for (int r = 0; r < 4; ++r) p.d[r] += sums[lane / 4 + 8 * (r / 2)][2 * (lane % 4) + r % 2];
   }
 }
 
@@ -398,8 +394,17 @@ void load_matrices(const void* const* in, void* const*) {
 }  // namespace
 
 void mma_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  const Product mine{d, a, b};
+  Product mine{.d = d, .a = {}, .b = {}};
+  for (int r = 0; r < 8; ++r) mine.a[r] = from_bf16(a[r / 2] >> 16 * (r % 2) & 0xffff);
+  for (int r = 0; r < 4; ++r) mine.b[r] = from_bf16(b[r / 2] >> 16 * (r % 2) & 0xffff);
   meet("mma", &mine, nullptr, multiply);
+}
+
+void mma_f32(float (&d)[4], const float (&a)[8], const float (&b)[4]) {
+  Product mine{.d = d, .a = {}, .b = {}};
+  std::copy_n(a, 8, mine.a);
+  std::copy_n(b, 4, mine.b);
+  meet("fp32 product", &mine, nullptr, multiply);
 }
 
 void ldmatrix(uint32_t* registers, int matrices, const void* row, bool transposed) {

@@ -67,6 +67,7 @@ SIMT_API void check_aligned(const void* address, size_t bytes);
 
 SIMT_API uint16_t round_bf16(float v);
 SIMT_API void mma_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
+SIMT_API void mma_f32(float (&d)[4], const float (&a)[8], const float (&b)[4]);
 SIMT_API void ldmatrix(uint32_t* registers, int matrices, const void* row, bool transposed);
 SIMT_API void cp_async16(void* to_shared, const void* from, int bytes);
 SIMT_API void cp_async_commit();

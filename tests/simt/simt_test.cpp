@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "tests/support/emulated.hpp"
+#include "layers/cuda/fragments.hpp"
 #include "layers/cuda/launch.hpp"  // last: `launch` is a macro
 
 namespace tessera::gpu {
@@ -75,6 +76,7 @@ TEST(Simt, SharedMemoryIsNanAndEndsWhereItEnds) {
   EXPECT_EQ(launch(read_shared, dim3(1), dim3(32), 128, nullptr, out.data(), 31), nullptr);
   for (const float v : out) EXPECT_TRUE(std::isnan(v));
 #if !defined(__SANITIZE_ADDRESS__)
+  GTEST_FLAG_SET(death_test_style, "threadsafe");
   EXPECT_DEATH(text(launch(read_shared, dim3(1), dim3(32), 128, nullptr, out.data(), 32)), "simt: kernel read_shared: block 0,0,0 thread .*: access outside its shared memory");
 #endif
 }
@@ -190,6 +192,27 @@ TEST(Simt, ProductsOfFragmentsAreMatrixProducts) {
         EXPECT_EQ(d[m * 8 + n], sum) << m << " " << n;
       }
   }
+}
+
+// Fragments of random numbers, multiplied by the emulator and by what the GPU does for fp32.
+__global__ void fp32_products(const float* a, const float* b, float* d) {
+  const int lane = static_cast<int>(threadIdx.x);
+  FragmentA<float> fa;
+  FragmentB<float> fb;
+  load_a<false>(fa, a, 16, 0, 0);
+  for (int i = 0; i < 4; ++i) fb.r[i] = b[lane * 4 + i];
+  float one[4] = {}, other[4] = {};
+  multiply(one, fa, fb);
+  mma_by_shuffles(other, fa, fb);
+  for (int i = 0; i < 4; ++i) d[lane * 8 + i] = one[i], d[lane * 8 + 4 + i] = other[i];
+}
+
+TEST(Simt, Fp32ProductsByShufflesAreProducts) {
+  float a[256], b[128], d[256];
+  for (int i = 0; i < 256; ++i) a[i] = static_cast<float>(i * 37 % 101 - 50);
+  for (int i = 0; i < 128; ++i) b[i] = static_cast<float>(i * 29 % 83 - 40);
+  EXPECT_EQ(launch(fp32_products, dim3(1), dim3(32), 0, nullptr, &a[0], &b[0], &d[0]), nullptr);
+  for (int i = 0; i < 256; ++i) EXPECT_EQ(d[i / 8 * 8 + i % 4], d[i / 8 * 8 + 4 + i % 4]) << i;
 }
 
 __global__ void from_global(const bf16* from) {
