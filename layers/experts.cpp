@@ -20,6 +20,7 @@
 #include <vector>
 
 #include "layers/collectives.hpp"
+#include "layers/gpu.hpp"
 #include "tessera/error.hpp"
 
 namespace tessera {
@@ -51,6 +52,7 @@ void for_tokens(int64_t N, int64_t k, int64_t D, const Body& body) {
 
 // y[m] = x[token[m]]
 at::Tensor take_rows(const at::Tensor& x_nd, const at::Tensor& token_m) {
+  if (on_gpu(x_nd) && token_m.numel() > 0) return gpu_kernels()->take_rows(x_nd, token_m);
   if (!x_nd.is_cpu()) return x_nd.index_select(0, token_m);
   const auto M = token_m.size(0), bytes = x_nd.size(1) * static_cast<int64_t>(x_nd.element_size());
   auto y_md = at::empty({M, x_nd.size(1)}, x_nd.options());
@@ -66,6 +68,7 @@ at::Tensor take_rows(const at::Tensor& x_nd, const at::Tensor& token_m) {
 // out[n] = sum_j w[n, j] y[row[n, j]]; w undefined: ones.
 at::Tensor sum_rows(const at::Tensor& y_md, const at::Tensor& w_nk, const at::Tensor& row_nk) {
   const auto N = row_nk.size(0), k = row_nk.size(1), D = y_md.size(1);
+  if (on_gpu(y_md)) return gpu_kernels()->sum_rows(y_md, w_nk, row_nk);
   if (!y_md.is_cpu()) {
     auto sum_nd = at::zeros({N, D}, y_md.options().dtype(sum_type(y_md)));
     for (int64_t j = 0; j < k; ++j) {
@@ -98,6 +101,7 @@ at::Tensor sum_rows(const at::Tensor& y_md, const at::Tensor& w_nk, const at::Te
 // dy[row[n, j]] = w[n, j] dout[n]
 at::Tensor spread_rows(const at::Tensor& dout_nd, const at::Tensor& w_nk, const Dispatch& d) {
   const auto N = d.row_nk.size(0), k = d.row_nk.size(1), D = dout_nd.size(1);
+  if (on_gpu(dout_nd)) return gpu_kernels()->spread_rows(dout_nd, w_nk, d.row_nk);
   if (!dout_nd.is_cpu()) {
     const auto w_m = w_nk.flatten().index_select(0, d.slot_m);
     return (dout_nd.index_select(0, d.token_m) * w_m.unsqueeze(1)).to(dout_nd.scalar_type());
@@ -124,6 +128,7 @@ at::Tensor spread_rows(const at::Tensor& dout_nd, const at::Tensor& w_nk, const 
 // dw[n, j] = <dout[n], y[row[n, j]]>
 at::Tensor row_products(const at::Tensor& dout_nd, const at::Tensor& y_md, const at::Tensor& row_nk) {
   const auto N = row_nk.size(0), k = row_nk.size(1), D = y_md.size(1);
+  if (on_gpu(y_md)) return gpu_kernels()->row_products(dout_nd, y_md, row_nk);
   if (!y_md.is_cpu()) {
     const auto wide_nd = dout_nd.to(sum_type(y_md));
     std::vector<at::Tensor> columns;
@@ -185,6 +190,11 @@ struct Combine : torch::autograd::Function<Combine> {
   }
 };
 
+Dispatch gpu_dispatch(const at::Tensor& indices_nk, int64_t num_experts) {
+  const auto [counts_e, slot_m, token_m, row_nk] = gpu_kernels()->dispatch(indices_nk, num_experts);
+  return {counts_e, slot_m, token_m, row_nk};
+}
+
 void check_rows(const char* op, const char* name, const at::Tensor& t, int64_t rows) {
   if (t.dim() != 2 || t.size(0) != rows) fail(op, fmt::format("{} must be [{}, D], got [{}]", name, rows, fmt::join(t.sizes(), ", ")));
 }
@@ -195,18 +205,20 @@ Dispatch dispatch(const at::Tensor& indices_nk, int64_t num_experts) {
   if (indices_nk.dim() != 2 || indices_nk.scalar_type() != at::kLong)
     fail("dispatch", fmt::format("indices must be int64 [N, k], got {} [{}]", c10::toString(indices_nk.scalar_type()),
                                  fmt::join(indices_nk.sizes(), ", ")));
-  if (!indices_nk.is_cpu()) return dispatch_ref(indices_nk, num_experts);
+  const bool gpu = gpu_kernels() && gpu_kernels()->takes(indices_nk);
+  if (!indices_nk.is_cpu() && !gpu) return dispatch_ref(indices_nk, num_experts);
   const auto indices = indices_nk.contiguous();
   const auto M = indices.numel(), k = indices.size(1);
+  if (!indices.is_cpu()) return gpu_dispatch(indices, num_experts);
   const auto* expert = indices.const_data_ptr<int64_t>();
+  for (int64_t slot = 0; slot < M; ++slot)
+    if (expert[slot] < 0 || expert[slot] >= num_experts)
+      fail("dispatch", fmt::format("experts must be in [0, {}), got {} for token {}", num_experts, expert[slot], slot / k));
+  if (gpu) return gpu_dispatch(indices, num_experts);
   Dispatch d{.counts_e = at::zeros({num_experts}, at::kLong), .slot_m = at::empty({M}, at::kLong), .token_m = at::empty({M}, at::kLong),
              .row_nk = at::empty_like(indices)};
   auto* counts = d.counts_e.mutable_data_ptr<int64_t>();
-  for (int64_t slot = 0; slot < M; ++slot) {
-    if (expert[slot] < 0 || expert[slot] >= num_experts)
-      fail("dispatch", fmt::format("experts must be in [0, {}), got {} for token {}", num_experts, expert[slot], slot / k));
-    ++counts[expert[slot]];
-  }
+  for (int64_t slot = 0; slot < M; ++slot) ++counts[expert[slot]];
   std::vector<int64_t> next(static_cast<size_t>(num_experts), 0);
   for (int64_t e = 1; e < num_experts; ++e) next[e] = next[e - 1] + counts[e - 1];
   auto* slots = d.slot_m.mutable_data_ptr<int64_t>();
@@ -250,7 +262,8 @@ ExpertRoute expert_route(const at::Tensor& counts_e, const at::Tensor& arriving_
   const auto ranks = group.size(), size = counts_e.size(0) / ranks;
   ExpertRoute route;
   std::vector<int64_t> expert_m;
-  const auto *counts = counts_e.const_data_ptr<int64_t>(), *arriving = arriving_e.const_data_ptr<int64_t>();
+  const auto counts_here = counts_e.cpu(), arriving_here = arriving_e.cpu();
+  const auto *counts = counts_here.const_data_ptr<int64_t>(), *arriving = arriving_here.const_data_ptr<int64_t>();
   for (int64_t r = 0; r < ranks; ++r) {
     route.sent.push_back(std::accumulate(counts + r * size, counts + (r + 1) * size, int64_t{0}));
     route.received.push_back(std::accumulate(arriving + r * size, arriving + (r + 1) * size, int64_t{0}));

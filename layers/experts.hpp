@@ -10,15 +10,15 @@
 
 namespace tessera {
 
-// Where every choice of an expert goes. Slot n k + j is choice j of token n.
+// Where every choice of an expert goes, on the choices' device. Slot n k + j is choice j of token n.
 struct Dispatch {
-  at::Tensor counts_e;  // int64 [E] on the host: rows of every expert
+  at::Tensor counts_e;  // int64 [E]: rows of every expert
   at::Tensor slot_m;    // int64 [M]: the slot of a sorted row
   at::Tensor token_m;   // int64 [M]: its token, slot / k
   at::Tensor row_nk;    // int64 [N, k]: the sorted row of a slot, the inverse of slot_m
 };
 
-// indices_nk int64 [N, k], the experts of every token. Throws Error(kRuntime) when one is outside [0, E).
+// indices_nk int64 [N, k], the experts of every token. Throws Error(kRuntime) when one on the CPU is outside [0, E); on a GPU nothing waits to find out.
 Dispatch dispatch(const at::Tensor& indices_nk, int64_t num_experts);
 // By a stable sort, on any device.
 Dispatch dispatch_ref(const at::Tensor& indices_nk, int64_t num_experts);
@@ -44,7 +44,7 @@ struct ExpertRoute {
   std::vector<int64_t> sent, received;  // rows to and from every rank of the group
   Dispatch arrived;                     // of the received rows, as tokens with one choice, among this rank's experts
 };
-// arriving_e int64 [ranks * E / ep] on the host: rows that arrive for every expert of this rank, source by source.
+// Reads both on the host. arriving_e int64 [ranks * E / ep]: rows that arrive for every expert of this rank, source by source.
 ExpertRoute expert_route(const at::Tensor& counts_e, const at::Tensor& arriving_e, const Group& group, at::Device device);
 // What arrives from whom: every rank's part of `counts_e`, the rows of every copy. Reached by all ranks of the group together.
 at::Tensor exchange_counts(const at::Tensor& counts_e, const Group& group, at::Device device);

@@ -10,7 +10,7 @@ namespace tessera {
 Dispatch dispatch_ref(const at::Tensor& indices_nk, int64_t num_experts) {
   const auto k = indices_nk.size(1);
   const auto slot_m = std::get<1>(at::sort(indices_nk.flatten(), /*stable=*/true, /*dim=*/0, /*descending=*/false));
-  return {.counts_e = at::bincount(indices_nk.flatten(), {}, num_experts).cpu(),
+  return {.counts_e = at::bincount(indices_nk.flatten(), {}, num_experts),
           .slot_m = slot_m,
           .token_m = slot_m.div(k, "floor"),
           .row_nk = std::get<1>(at::sort(slot_m)).view(indices_nk.sizes())};

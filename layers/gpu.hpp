@@ -11,6 +11,7 @@
 namespace tessera {
 
 struct SsdSizes;
+struct Dispatch;
 
 // Arguments are those of the operator of the same name after its checks; gradients come in the dtype of what they belong to.
 // `rows`: the first row of every span, and N. What returns several tensors leaves undefined those that belong to undefined inputs.
@@ -43,6 +44,21 @@ struct GpuKernels {
   std::array<at::Tensor, 5> (*scan_backward)(const at::Tensor& xbc_nc, const at::Tensor& dt_nh, const at::Tensor& dt_bias_h, const at::Tensor& A_log_h,
                                              const at::Tensor& D_h, const SsdSizes& sizes, const std::vector<int64_t>& rows,
                                              const at::Tensor& dy_ni) = nullptr;  // of xbc, dt, dt_bias, A_log, D
+  // Experts: see layers/experts.hpp, and the sums that its operators and their gradients are made of. Counts stay on the device.
+  std::array<at::Tensor, 4> (*dispatch)(const at::Tensor& indices_nk, int64_t num_experts) = nullptr;  // counts_e, slot_m, token_m, row_nk
+  at::Tensor (*take_rows)(const at::Tensor& x_nd, const at::Tensor& token_m) = nullptr;
+  at::Tensor (*sum_rows)(const at::Tensor& y_md, const at::Tensor& w_nk, const at::Tensor& row_nk) = nullptr;  // w undefined: ones
+  at::Tensor (*spread_rows)(const at::Tensor& dout_nd, const at::Tensor& w_nk, const at::Tensor& row_nk) = nullptr;
+  at::Tensor (*row_products)(const at::Tensor& dout_nd, const at::Tensor& y_md, const at::Tensor& row_nk) = nullptr;
+  // bf16 alone. Gradients of x and w, undefined where they are not wanted.
+  at::Tensor (*grouped_linear_forward)(const at::Tensor& x_md, const at::Tensor& w_eod, const at::Tensor& counts_e) = nullptr;
+  std::array<at::Tensor, 2> (*grouped_linear_backward)(const at::Tensor& x_md, const at::Tensor& w_eod, const at::Tensor& counts_e, const at::Tensor& dy_mo, bool want_x,
+                                                       bool want_w) = nullptr;
+  // bf16 alone. The output, and u [M, F] for the backward pass; gradients of x, weights, up and down.
+  std::array<at::Tensor, 2> (*expert_mlp_forward)(const at::Tensor& x_nw, const at::Tensor& weights_nk, const at::Tensor& up_efw, const at::Tensor& down_ewf,
+                                                  const Dispatch& dispatch) = nullptr;
+  std::array<at::Tensor, 4> (*expert_mlp_backward)(const at::Tensor& x_nw, const at::Tensor& weights_nk, const at::Tensor& up_efw, const at::Tensor& down_ewf,
+                                                   const Dispatch& dispatch, const at::Tensor& u_mf, const at::Tensor& dout_nw) = nullptr;
 };
 
 // nullptr where no kernels are there. A library that has some gives its table when it is loaded; the last one given counts.

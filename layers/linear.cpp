@@ -14,6 +14,7 @@
 #include <numeric>
 
 #include "layers/few_rows.hpp"
+#include "layers/gpu.hpp"
 #include "layers/matmul.hpp"
 #include "tessera/error.hpp"
 
@@ -105,6 +106,19 @@ struct GroupedLinear : torch::autograd::Function<GroupedLinear> {
   }
 };
 
+// The kernels of a GPU, in bf16.
+struct GroupedLinearOnGpu : torch::autograd::Function<GroupedLinearOnGpu> {
+  static at::Tensor forward(torch::autograd::AutogradContext* ctx, const at::Tensor& x_md, const at::Tensor& w_eod, const at::Tensor& counts_e) {
+    ctx->save_for_backward({x_md, w_eod, counts_e});
+    return gpu_kernels()->grouped_linear_forward(x_md, w_eod, counts_e);
+  }
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx, torch::autograd::variable_list grads) {
+    const auto saved = ctx->get_saved_variables();
+    const auto [dx_md, dw_eod] = gpu_kernels()->grouped_linear_backward(saved[0], saved[1], saved[2], grads[0], ctx->needs_input_grad(0), ctx->needs_input_grad(1));
+    return {dx_md, dw_eod, {}};
+  }
+};
+
 }  // namespace
 
 at::Tensor linear(const at::Tensor& x_nd, const at::Tensor& w_od, const at::Tensor& bias_o) {
@@ -135,12 +149,15 @@ at::Tensor grouped_linear(const at::Tensor& x_md, const at::Tensor& w_eod, const
   if (counts_e.scalar_type() != at::kLong || counts_e.dim() != 1 || counts_e.size(0) != w_eod.size(0))
     fail(op, fmt::format("counts must be int64 [E] for weight [E, O, D], got {} {} and weight {}",
                          c10::toString(counts_e.scalar_type()), shape(counts_e), shape(w_eod)));
+  const bool gpu = on_gpu(w_eod) && w_eod.scalar_type() == at::kBFloat16 && x_md.size(0) > 0;
+  if (gpu && !counts_e.is_cpu()) return GroupedLinearOnGpu::apply(x_md.to(at::kBFloat16), w_eod, counts_e);
   const auto host_e = counts_e.cpu().contiguous();
   const std::vector<int64_t> counts(host_e.const_data_ptr<int64_t>(), host_e.const_data_ptr<int64_t>() + host_e.numel());
   for (const auto count : counts)
     if (count < 0) fail(op, fmt::format("counts must not be negative, got [{}]", fmt::join(counts, ", ")));
   const auto sum = std::accumulate(counts.begin(), counts.end(), int64_t{0});
   if (sum != x_md.size(0)) fail(op, fmt::format("counts must sum to the rows of x, got sum {} and x {}", sum, shape(x_md)));
+  if (gpu) return GroupedLinearOnGpu::apply(x_md.to(at::kBFloat16), w_eod, counts_e);
   return GroupedLinear::apply(x_md.to(w_eod.scalar_type()), w_eod, counts);
 }
 

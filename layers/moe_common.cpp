@@ -9,7 +9,7 @@
 
 #include "layers/activation.hpp"
 #include "layers/collectives.hpp"
-#include "layers/experts.hpp"
+#include "layers/expert_mlp.hpp"
 #include "layers/linear.hpp"
 #include "layers/routing.hpp"
 
@@ -150,22 +150,19 @@ at::Tensor routed_experts(Context& ctx, const at::Tensor& router_input_nr, const
     if (c.z_loss_coeff > 0) ctx.add_loss("z", router_z_loss(logits_ne, ctx.valid_n()) * c.z_loss_coeff, Per::kToken);
     ctx.count(kLoad, expert_counts(indices_nk, ctx.valid_n(), c.num_experts));
   }
-  const auto compute = [&](const at::Tensor& x_mw, const at::Tensor& counts_e) {
-    const auto h_mf = relu2(grouped_linear(ctx, x_mw, w["experts.up_proj.weight"], counts_e));
-    return grouped_linear(ctx, h_mf, w["experts.down_proj.weight"], counts_e);
-  };
   const auto weights_nk = expert_weights(scores_ne, indices_nk, c.norm_topk_prob, c.scaling);
   const Group* group = ctx.expert_group();
-  if (!group) {
-    const auto d = dispatch(indices_nk, c.num_experts);
-    return combine_tokens(compute(permute_tokens(x_nw, d), d.counts_e), weights_nk, d);
-  }
+  if (!group) return expert_mlp(ctx, x_nw, weights_nk, w["experts.up_proj.weight"], w["experts.down_proj.weight"], dispatch(indices_nk, c.num_experts));
   // The etp ranks of an expert each give a summand, as experts of their own would that have the same weight.
   const auto etp = ctx.mesh().etp;
   const auto copies_nc = copies_of_experts(indices_nk, c.num_experts, *group, etp);
   const auto d = dispatch(copies_nc, c.num_experts * etp);
   const auto arriving_e = ctx.once("arriving", [&] { return exchange_counts(d.counts_e, *group, x_nw.device()); });
   const auto route = expert_route(d.counts_e, arriving_e, *group, x_nw.device());
+  const auto compute = [&](const at::Tensor& x_mw, const at::Tensor& counts_e) {
+    const auto h_mf = relu2(grouped_linear(ctx, x_mw, w["experts.up_proj.weight"], counts_e));
+    return grouped_linear(ctx, h_mf, w["experts.down_proj.weight"], counts_e);
+  };
   const auto y_mw = rows_from_experts(compute(rows_to_experts(permute_tokens(x_nw, d), route, *group), route.arrived.counts_e), route, *group);
   return combine_tokens(y_mw, weights_nk.repeat_interleave(etp, 1), d);
 }

@@ -81,6 +81,19 @@ TEST_P(GroupedLinear, EqualsALoopOverExperts) {
   }
 }
 
+// Several tiles of a GPU's kernels in every direction, whole 16-byte vectors and not, and fewer rows than a tile.
+TEST(GroupedLinear, SizesBeyondATile) {
+  const std::vector<int64_t> counts{131, 0, 5, 128, 1};
+  for (const auto& [O, D] : {std::pair<int64_t, int64_t>{136, 72}, {40, 264}, {131, 37}}) {
+    const auto x = at::randn({265, D}, at::kBFloat16), w = at::randn({5, O, D}, at::kBFloat16), dy = at::randn({265, O}, at::kBFloat16);
+    const auto fast = with_gradients([&](const auto& in) { return grouped_linear(in[0], in[1], at::tensor(counts, at::kLong)); }, {x, w}, dy);
+    const auto want = with_gradients([&](const auto& in) { return by_expert(in[0], in[1], counts); }, {x.to(at::kDouble), w.to(at::kDouble)}, dy);
+    const auto limit = tolerance(at::kBFloat16, Op::kMatmul, 265);
+    EXPECT_TRUE(close(fast.output, want.output, limit));
+    for (size_t i = 0; i < 2; ++i) EXPECT_TRUE(close(fast.gradients[i], want.gradients[i], limit)) << i;
+  }
+}
+
 INSTANTIATE_TEST_SUITE_P(Counts, GroupedLinear,
                          testing::Values(std::vector<int64_t>{1}, std::vector<int64_t>{63, 0, 130}, std::vector<int64_t>{0, 0, 7, 0},
                                          std::vector<int64_t>{0, 0}));
