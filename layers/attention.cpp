@@ -25,6 +25,7 @@
 
 #include "layers/attention_cache.hpp"
 #include "layers/attention_check.hpp"
+#include "tessera/device.hpp"
 #include "tessera/error.hpp"
 
 namespace tessera {
@@ -226,7 +227,7 @@ void write_cache(const at::Tensor& x_nkp, const Spans& spans, const at::Tensor& 
     std::vector<int64_t> rows;
     for (const auto& span : spans.list())
       for (int64_t t = 0; t < span.length; ++t) rows.push_back(span.state_slot * capacity + span.start + t);
-    cache_slkp.flatten(0, 1).index_copy_(0, at::tensor(rows, at::kLong).to(x.device()), x);
+    cache_slkp.flatten(0, 1).index_copy_(0, to_device(rows, x.device()), x);
     return;
   }
   const auto width = x.size(1) * x.size(2) * x.element_size();
@@ -245,7 +246,7 @@ void attend_cache(const at::Tensor& q_nhp, const Spans& spans, double scale, int
   const auto H = q_nhp.size(1), K = k_cache_slkp.size(2), P = q_nhp.size(2), repeats = H / K;
   const auto& list = spans.list();
   const auto long_options = q_nhp.options().dtype(at::kLong);
-  const auto on_device = [&](const std::vector<int64_t>& values) { return at::tensor(values, at::kLong).to(q_nhp.device()); };
+  const auto on_device = [&](const std::vector<int64_t>& values) { return to_device(values, q_nhp.device()); };
   const auto context = [&](int64_t i) { return list[i].start + list[i].length; };
   std::vector<int64_t> order(spans.size());
   std::iota(order.begin(), order.end(), 0);

@@ -2,11 +2,12 @@
 
 #include <ATen/ops/cat.h>
 #include <ATen/ops/index_select.h>
-#include <ATen/ops/tensor.h>
 #include <ATen/ops/zeros.h>
 
 #include <algorithm>
 #include <numeric>
+
+#include "tessera/device.hpp"
 
 namespace tessera {
 
@@ -30,7 +31,7 @@ Chunks::Chunks(const Spans& spans, int64_t longest, at::Device device) : order_(
       }
     }
   }
-  source_ = at::tensor(source, at::kLong).to(device), target_ = at::tensor(target, at::kLong).to(device);
+  source_ = to_device(source, device), target_ = to_device(target, device);
 }
 
 at::Tensor Chunks::split(const at::Tensor& x_n) const {

@@ -21,6 +21,7 @@
 
 #include "layers/collectives.hpp"
 #include "layers/gpu.hpp"
+#include "tessera/device.hpp"
 #include "tessera/error.hpp"
 
 namespace tessera {
@@ -205,7 +206,7 @@ Dispatch dispatch(const at::Tensor& indices_nk, int64_t num_experts) {
   if (indices_nk.dim() != 2 || indices_nk.scalar_type() != at::kLong)
     fail("dispatch", fmt::format("indices must be int64 [N, k], got {} [{}]", c10::toString(indices_nk.scalar_type()),
                                  fmt::join(indices_nk.sizes(), ", ")));
-  const bool gpu = gpu_kernels() && gpu_kernels()->takes(indices_nk);
+  const bool gpu = lies_on_gpu(indices_nk);
   if (!indices_nk.is_cpu() && !gpu) return dispatch_ref(indices_nk, num_experts);
   const auto indices = indices_nk.contiguous();
   const auto M = indices.numel(), k = indices.size(1);
@@ -269,8 +270,7 @@ ExpertRoute expert_route(const at::Tensor& counts_e, const at::Tensor& arriving_
     route.received.push_back(std::accumulate(arriving + r * size, arriving + (r + 1) * size, int64_t{0}));
     for (int64_t e = 0; e < size; ++e) expert_m.insert(expert_m.end(), static_cast<size_t>(arriving[r * size + e]), e);
   }
-  const auto expert_m1 = at::tensor(at::ArrayRef<int64_t>(expert_m), at::kLong).unsqueeze(1);
-  route.arrived = dispatch(expert_m1.to(device), size);
+  route.arrived = dispatch(to_device(expert_m, device).unsqueeze(1), size);
   return route;
 }
 

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <map>
 
+#include "tessera/device.hpp"
 #include "tessera/error.hpp"
 
 namespace tessera {
@@ -39,7 +40,7 @@ void check_length(const char* name, const at::Tensor& t, const Spans& spans) {
 
 at::Tensor shift_ids(const at::Tensor& ids_n, const Spans& spans, int64_t n, int64_t fill) {
   check_length("ids", ids_n, spans);
-  const auto rows_n = rows_ahead(spans, n).to(ids_n.device());
+  const auto rows_n = to_device(rows_ahead(spans, n), ids_n.device());
   return ids_n.index_select(0, rows_n.clamp_min(0)).masked_fill(rows_n.lt(0), fill);
 }
 
@@ -50,7 +51,7 @@ at::Tensor next_targets(const at::Tensor& ids_n, const at::Tensor& masked_n, con
 }
 
 at::Tensor valid_after_shift(const at::Tensor& valid_n, const Spans& spans, int64_t n, at::Device device) {
-  const auto rows_n = rows_ahead(spans, n).to(device);
+  const auto rows_n = to_device(rows_ahead(spans, n), device);
   const auto found_n = rows_n.ge(0);
   if (!valid_n.defined()) return found_n;
   check_length("the mask of valid tokens", valid_n, spans);

@@ -3,6 +3,7 @@
 #include <ATen/ops/empty.h>
 #include <fmt/format.h>
 
+#include "tessera/device.hpp"
 #include "tessera/error.hpp"
 
 namespace tessera {
@@ -40,7 +41,7 @@ const at::Tensor& Spans::table(at::Device device) const {
     int32_t* out = host.mutable_data_ptr<int32_t>();
     for (const Span& span : list_)
       for (int64_t value : {span.document, span.start, span.length, span.document_len, span.state_slot}) *out++ = static_cast<int32_t>(value);
-    table_ = host.to(device);
+    table_ = to_device(host, device);
   }
   return table_;
 }
@@ -51,7 +52,7 @@ const at::Tensor& Spans::positions_n(at::Device device) const {
     int64_t* out = host.mutable_data_ptr<int64_t>();
     for (const Span& span : list_)
       for (int64_t i = 0; i < span.length; ++i) *out++ = span.start + i;
-    positions_ = host.to(device);
+    positions_ = to_device(host, device);
   }
   return positions_;
 }
@@ -61,7 +62,7 @@ const at::Tensor& Spans::span_index_n(at::Device device) const {
     at::Tensor host = at::empty({num_tokens_}, at::kLong);
     int64_t* out = host.mutable_data_ptr<int64_t>();
     for (size_t s = 0; s < list_.size(); ++s) out = std::fill_n(out, list_[s].length, static_cast<int64_t>(s));
-    span_index_ = host.to(device);
+    span_index_ = to_device(host, device);
   }
   return span_index_;
 }

@@ -48,7 +48,7 @@ int64_t Row::num_targets() const {
   return count;
 }
 
-Batch assemble(std::span<const Row> rows, at::Device device) {
+Batch assemble(std::span<const Row> rows) {
   std::vector<int64_t> lengths;
   int64_t num_tokens = 0;
   for (const Row& row : rows) {
@@ -60,12 +60,10 @@ Batch assemble(std::span<const Row> rows, at::Device device) {
   batch.spans = Spans::documents(lengths);
   int64_t* out = batch.ids_n.mutable_data_ptr<int64_t>();
   for (const Row& row : rows) out = std::copy(row.ids.begin(), row.ids.end(), out);
-  batch.ids_n = batch.ids_n.to(device);
   if (rows.empty() || rows[0].targets.empty()) return batch;
   batch.targets_n = at::empty({num_tokens}, at::kLong);
   out = batch.targets_n.mutable_data_ptr<int64_t>();
   for (const Row& row : rows) out = std::transform(row.targets.begin(), row.targets.end(), out, [](const Target& target) { return target.id; });
-  batch.targets_n = batch.targets_n.to(device);
   return batch;
 }
 

@@ -21,8 +21,8 @@ struct Row {
   int64_t num_targets() const;
 };
 
-// The rows end to end; every part is a document of the spans.
-Batch assemble(std::span<const Row> rows, at::Device device = at::kCPU);
+// The rows end to end, on the host; every part is a document of the spans.
+Batch assemble(std::span<const Row> rows);
 
 // The training stream: the pieces of the training documents (see Pieces) in the shuffled order of each epoch, end to end. It depends on the dataset and
 // on seq_len, not on ranks or micro-batches: a rank asks for all rows of a global batch and reads its own. Over a mixture, the next piece comes from

@@ -44,12 +44,12 @@ int64_t held_bytes(at::Device device) { return device.is_cpu() ? current_memory_
 double median(std::vector<double> values) { return Samples{std::move(values)}.median(); }
 
 // Those of this data rank; ranks that share rows draw the same.
-std::vector<Batch> random_batches(const Config& config, at::Device device, const Mesh& mesh, int64_t data_rank) {
+std::vector<Batch> random_batches(const Config& config, const Mesh& mesh, int64_t data_rank) {
   std::vector<Batch> out;
   const TrainingConfig& t = config.training;
   const at::Generator generator = at::detail::createCPUGenerator(static_cast<uint64_t>(data_rank));
   for (int64_t i = 0; i < num_micro_batches(config, mesh); ++i)
-    out.push_back({.ids_n = at::randint(config.model.vocab_size, {t.local_batch_size * t.seq_len}, generator, at::TensorOptions(at::kLong)).to(device),
+    out.push_back({.ids_n = at::randint(config.model.vocab_size, {t.local_batch_size * t.seq_len}, generator, at::TensorOptions(at::kLong)),
                    .spans = Spans::uniform(t.local_batch_size, t.seq_len)});
   return out;
 }
@@ -136,7 +136,7 @@ class Subject {
     model_->set_balanced_routing(options.routing == "balanced");
     if (options.steps > 0) {
       optimizer_ = std::make_unique<Optimizer>(*store_, config.optimizer);
-      batches_ = random_batches(config, device_, mesh_, data_rank(ranks));
+      batches_ = random_batches(config, mesh_, data_rank(ranks));
       open_input();
       warm_up();
     }
@@ -198,7 +198,7 @@ class Subject {
   // Reads a batch as training does, which nothing is computed from: seconds.
   double input() {
     if (!loader_) return 0;
-    return timed([&] { next_batches(*loader_, config_, mesh_, data_rank(ranks_), device_, 0); });
+    return timed([&] { next_batches(*loader_, config_, mesh_, data_rank(ranks_), 0); });
   }
 
   // One more forward and backward pass over the batch.

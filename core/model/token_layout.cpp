@@ -4,6 +4,7 @@
 #include <ATen/ops/index_select.h>
 
 #include "layers/collectives.hpp"
+#include "tessera/device.hpp"
 
 namespace tessera {
 
@@ -50,7 +51,7 @@ at::Tensor TokenLayout::gather_whole(const at::Tensor& x_nd) const {
   for (int64_t c = 0; c < cut_->num_ranks(); ++c)
     for (const Range& range : cut_->ranges(c))
       for (int64_t i = range.begin; i < range.end; ++i) order[i] = row++;
-  return at::index_select(by_rank_nd, 0, order_n.to(x_nd.device()));
+  return at::index_select(by_rank_nd, 0, to_device(order_n, x_nd.device()));
 }
 
 at::Tensor TokenLayout::gather_whole_shards(const at::Tensor& y_nd) const {

@@ -56,7 +56,8 @@ std::string diagnose_nonfinite(Model& model, const std::vector<Batch>& micro_bat
   if (ranks) ranks->whereabouts().place = "the search for a value that is not finite";
   const at::Device device = model.store().device();
   for (const Batch& batch : micro_batches) {
-    const std::vector<double> broken = greatest(ranks ? ranks->all() : nullptr, broken_places(model, batch), device);
+    const Batch there = batch.on(device);
+    const std::vector<double> broken = greatest(ranks ? ranks->all() : nullptr, broken_places(model, there), device);
     const auto first = std::find(broken.begin(), broken.end(), 1.0);
     if (first != broken.end()) return places(model.plan())[static_cast<size_t>(first - broken.begin())] + ", forward";
   }
@@ -79,7 +80,8 @@ std::string diagnose_nonfinite(Model& model, const std::vector<Batch>& micro_bat
 
 std::map<int64_t, double> residual_norms(Model& model, const Batch& batch) {
   std::map<int64_t, at::Tensor> squares;
-  hidden_by_stage(model, batch, nullptr, [&](int64_t layer, const at::Tensor& x_nd) { squares[layer] = x_nd.to(at::kFloat).square().mean(); });
+  const Batch there = batch.on(model.store().device());
+  hidden_by_stage(model, there, nullptr, [&](int64_t layer, const at::Tensor& x_nd) { squares[layer] = x_nd.to(at::kFloat).square().mean(); });
   std::map<int64_t, double> norms;
   for (const auto& [layer, square] : squares) norms[layer] = std::sqrt(square.item<double>());
   return norms;

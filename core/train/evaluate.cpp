@@ -40,7 +40,7 @@ Evaluation evaluate(Model& model, const std::vector<Row>& rows, int64_t batch_ro
   for (int64_t first = 0; first < count; first += each) {
     const int64_t begin = std::min(count, first + batch_rows * data_rank(ranks)), end = std::min(count, begin + batch_rows);
     const auto own = std::span(rows).subspan(static_cast<size_t>(begin), static_cast<size_t>(end - begin));
-    const Batch batch = assemble(own, model.store().device());
+    const Batch batch = assemble(own).on(model.store().device());
     const MicroBatchPtr micro = model.micro_batch(batch, {}, /*training=*/false);
     const TokenScores scores = scores_by_stage(model, micro, scored);
     if (!scores.losses_n.defined() || (ranks && ranks->place().tp != 0)) continue;  // of an earlier stage, or counted by another rank

@@ -64,8 +64,10 @@ Denominators global_denominators(Model& model, const std::vector<Batch>& micro_b
   return over;
 }
 
-Sums run_micro_batches(Model& model, const std::vector<Batch>& micro_batches) {
-  const Denominators over = global_denominators(model, micro_batches);
+Sums run_micro_batches(Model& model, const std::vector<Batch>& batches) {
+  const Denominators over = global_denominators(model, batches);
+  std::vector<Batch> micro_batches;
+  for (const Batch& batch : batches) micro_batches.push_back(batch.on(model.store().device()));
   Sums sums;
   const auto report = [&](const LossResult& result) {
     add_to(sums.loss, result.main);
@@ -123,11 +125,11 @@ void sum_over_ranks(const MeshGroups& ranks, at::Device device, StepResult& resu
 
 }  // namespace
 
-std::vector<Batch> micro_batches(std::span<const Row> rows, int64_t local_batch_size, at::Device device, int64_t first_token) {
+std::vector<Batch> micro_batches(std::span<const Row> rows, int64_t local_batch_size, int64_t first_token) {
   std::vector<Batch> out;
   const auto local = static_cast<size_t>(local_batch_size);
   for (size_t first = 0; first < rows.size(); first += local) {
-    out.push_back(assemble(rows.subspan(first, std::min(local, rows.size() - first)), device));
+    out.push_back(assemble(rows.subspan(first, std::min(local, rows.size() - first))));
     out.back().first_token = first_token;
     first_token += out.back().ids_n.numel();
   }
@@ -138,11 +140,11 @@ Range rows_of(int64_t num_rows, int64_t data_rank, int64_t data_ranks) { return 
 
 int64_t data_rank(const MeshGroups* groups) { return groups ? groups->place().dp_replicate * groups->mesh().dp_shard + groups->place().dp_shard : 0; }
 
-std::vector<Batch> next_batches(Loader& loader, const Config& config, const Mesh& mesh, int64_t data_rank, at::Device device, int64_t first_token) {
+std::vector<Batch> next_batches(Loader& loader, const Config& config, const Mesh& mesh, int64_t data_rank, int64_t first_token) {
   const int64_t count = global_batch_rows(config, mesh);
   const Range mine = rows_of(count, data_rank, mesh.dp_replicate * mesh.dp_shard);
   const std::vector<Row> rows = loader.next_rows(count, mine.begin, mine.end);
-  return micro_batches(std::span(rows).subspan(static_cast<size_t>(mine.begin), static_cast<size_t>(mine.end - mine.begin)), config.training.local_batch_size, device,
+  return micro_batches(std::span(rows).subspan(static_cast<size_t>(mine.begin), static_cast<size_t>(mine.end - mine.begin)), config.training.local_batch_size,
                        first_token + mine.begin * config.training.seq_len);
 }
 

@@ -23,6 +23,7 @@
 #include "metrics/metrics_file.hpp"
 #include "metrics/progress.hpp"
 #include "metrics/starts.hpp"
+#include "memory/tensor_bytes.hpp"
 #include "model/model.hpp"
 #include "parallel/agree.hpp"
 #include "parallel/rendezvous.hpp"
@@ -195,7 +196,7 @@ class Run {
     while (step_ < config_.training.steps) {
       const double start = seconds();
       if (exchanges) exchanges->begin();
-      const std::vector<Batch> batches = next_batches(*loader_, config_, mesh_, data_rank(ranks_), device_, tokens_);
+      const std::vector<Batch> batches = next_batches(*loader_, config_, mesh_, data_rank(ranks_), tokens_);
       const double input_s = seconds() - start;
       const double lr = learning_rate(config_.optimizer, config_.lr_scheduler, step_, config_.training.steps);
       StepResult result;
@@ -210,6 +211,7 @@ class Run {
       json line{{"step", step_}, {"loss", result.loss}, {"total_loss", result.total_loss}, {"grad_norm", result.grad_norm}, {"lr", lr}, {"tokens", tokens_},
                 {"tokens_per_s", static_cast<double>(step_tokens) / elapsed}, {"flops_per_s", flops_per_token_ * static_cast<double>(step_tokens) / elapsed},
                 {"input_s", input_s}, {"peak_bytes", peak_memory_bytes()}};
+      if (!device_.is_cpu()) line["device_peak_bytes"] = tensor_bytes(device_).most;
       for (const auto& [name, part] : result.parts) line[name] = part;
       if (!result.finite) line["skipped"] = true;
       if (exchanges) exchanges->end(line, elapsed, input_s);

@@ -61,12 +61,12 @@ at::Tensor with_state(const at::Tensor& x_nc, const at::Tensor& weight_c1w, cons
     add_pieces(whole, first, last, span.state_slot, span.start > 0, last - first);
   }
   const bool whole_spans = list.size() == whole.size();
-  Prepared p(x_nc, weight_c1w, bias_c, to_device(list, x_nc), silu);
+  Prepared p(x_nc, weight_c1w, bias_c, to_device(list, x_nc.device()), silu);
   at::Tensor out = at::empty(p.x.sizes(), p.x.options());
   void* const state = state_scw.numel() > 0 ? state_scw.mutable_data_ptr() : nullptr;
   launches.check(conv_forward(p.in, out.mutable_data_ptr(), state, whole_spans, launches.stream()));
   if (state && !whole_spans) {
-    const at::Tensor there = to_device(whole, x_nc);
+    const at::Tensor there = to_device(whole, x_nc.device());
     p.in.pieces = reinterpret_cast<const ConvPiece*>(there.const_data_ptr<int64_t>()), p.in.num_pieces = spans.size();
     launches.check(conv_state(p.in, state, launches.stream()));
   }

@@ -54,7 +54,7 @@ struct Prepared {
   void cut(const std::vector<int64_t>& rows, const Spans* with_state = nullptr) {
     chunks = chunk_list(rows, Q, xbc);
     const auto fields = [&] { return span_fields(rows, Q, with_state); };
-    spans = with_state ? to_device(fields(), xbc) : device_list("scan spans", Q, rows, xbc, fields);
+    spans = with_state ? to_device(fields(), xbc.device()) : device_list("scan spans", Q, rows, xbc, fields);
     in.chunks = reinterpret_cast<const ScanChunk*>(chunks.const_data_ptr<int64_t>()), in.num_chunks = chunks.numel() / kChunkFields;
     in.spans = reinterpret_cast<const ScanSpan*>(spans.const_data_ptr<int64_t>()), in.num_spans = spans.numel() / kSpanFields;
     decays = fp32({2, in.num_chunks, in.H, Q});
@@ -102,7 +102,7 @@ at::Tensor with_state(const at::Tensor& xbc_nc, const at::Tensor& dt_nh, const a
   }
   std::vector<int64_t> slots;
   for (const Span& span : spans.list()) slots.insert(slots.end(), {span.state_slot, span.start > 0});
-  const at::Tensor there = to_device(slots, xbc_nc);
+  const at::Tensor there = to_device(slots, xbc_nc.device());
   p.in.num_spans = spans.size();
   at::Tensor y = p.fp32({p.xbc.size(0), p.in.H * p.in.P});
   launches.check(scan_step(p.in, there.const_data_ptr<int64_t>(), state, y.mutable_data_ptr<float>(), launches.stream()));

@@ -31,13 +31,6 @@ void Launches::check(Status status) const {
 Type type_of(const at::Tensor& t) { return t.scalar_type() == at::kBFloat16 ? Type::kBf16 : Type::kFloat; }
 at::Tensor unit_stride(const at::Tensor& t) { return t.stride(-1) == 1 || t.size(-1) == 1 ? t : t.contiguous(); }
 
-at::Tensor to_device(const std::vector<int64_t>& values, const at::Tensor& like) {
-  const int64_t n = static_cast<int64_t>(values.size());
-  at::Tensor here = at::empty({n}, at::TensorOptions().dtype(at::kLong).pinned_memory(like.is_cuda()));
-  std::copy(values.begin(), values.end(), here.mutable_data_ptr<int64_t>());
-  return here.to(like.device(), /*non_blocking=*/true);
-}
-
 std::array<at::Tensor, 2> sum_partials(const Launches& launches, const at::Tensor& partials_rc, const at::Tensor& first, const at::Tensor& second) {
   const auto like = [](const at::Tensor& t) {
     return t.defined() ? at::empty(t.sizes(), t.options().dtype(t.scalar_type() == at::kBFloat16 ? at::kBFloat16 : at::kFloat)) : at::Tensor();
@@ -67,7 +60,7 @@ at::Tensor device_list(const char* use, int64_t key, const std::vector<int64_t>&
   const std::lock_guard lock(mutex);
   for (auto it = kept.begin(); it != kept.end(); ++it)
     if (it->use == use && it->key == key && it->list.device() == like.device() && it->rows == rows) return it->list;
-  kept.push_front({use, key, rows, to_device(make(), like)});
+  kept.push_front({use, key, rows, to_device(make(), like.device())});
   if (kept.size() > kMostKept) kept.pop_back();
   return kept.front().list;
 }

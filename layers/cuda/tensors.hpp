@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "layers/cuda/types.hpp"
+#include "tessera/device.hpp"
 
 namespace tessera::gpu {
 
@@ -35,7 +36,5 @@ std::array<at::Tensor, 2> sum_partials(const Launches& launches, const at::Tenso
 // int64 values on the device of `like`, made by `make` the first time that `rows` and `key` come up: layers and passes that see the same spans share
 // one copy, and only the first of them sends anything. `key` tells lists for different uses apart.
 at::Tensor device_list(const char* use, int64_t key, const std::vector<int64_t>& rows, const at::Tensor& like, const std::function<std::vector<int64_t>()>& make);
-// `values` on the device of `like`, without waiting for it.
-at::Tensor to_device(const std::vector<int64_t>& values, const at::Tensor& like);
 
 }  // namespace tessera::gpu

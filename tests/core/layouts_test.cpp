@@ -122,7 +122,7 @@ Recorded record(const Layout& layout, const MeshGroups* groups) {
   for (int64_t step = 0; step <= kSteps; ++step) {
     const std::vector<Row> all = rows(step);
     const Range mine = rows_of(8, data_rank(groups), mesh.dp_replicate * mesh.dp_shard);
-    const std::vector<Batch> batches = micro_batches(std::span(all).subspan(mine.begin, mine.end - mine.begin), layout.local, at::kCPU, (8 * step + mine.begin) * 24);
+    const std::vector<Batch> batches = micro_batches(std::span(all).subspan(mine.begin, mine.end - mine.begin), layout.local, (8 * step + mine.begin) * 24);
     if (step == 0) {
       recorded.steps.push_back(accumulate(model, batches));
       for (const TensorRow& row : tensor_rows(plan))

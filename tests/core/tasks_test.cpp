@@ -410,7 +410,7 @@ TEST(TaskAccuracy, AWordAsGreatIsNoHit) {
 TEST(TaskLoss, CountsTargetsAlone) {
   Built built(kModel);
   const Validation validation = mqar_validation(512);
-  const std::vector<Batch> batches = micro_batches(validation.rows, 2, at::kCPU, 0);
+  const std::vector<Batch> batches = micro_batches(validation.rows, 2, 0);
   const StepResult step = accumulate(built.model, batches);
   EXPECT_NEAR(step.loss, evaluate(built.model, validation.rows, 8).loss, 1e-5);
   int64_t targets = 0;

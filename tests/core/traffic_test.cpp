@@ -121,7 +121,7 @@ void check(const Case& c) {
     Optimizer optimizer(store, config.optimizer);
     const std::vector<Row> all = whole_rows();
     const Range mine = rows_of(8, data_rank(&groups), mesh.dp_replicate * mesh.dp_shard);
-    const std::vector<Batch> batches = micro_batches(std::span(all).subspan(mine.begin, mine.end - mine.begin), config.training.local_batch_size, at::kCPU, 0);
+    const std::vector<Batch> batches = micro_batches(std::span(all).subspan(mine.begin, mine.end - mine.begin), config.training.local_batch_size, 0);
     const auto before = sent(groups);
     train_step(model, optimizer, batches, 1e-3, 1.0);
     auto got = sent(groups);
