@@ -25,6 +25,7 @@
 
 #include "layers/attention_cache.hpp"
 #include "layers/attention_check.hpp"
+#include "layers/gpu.hpp"
 #include "tessera/device.hpp"
 #include "tessera/error.hpp"
 
@@ -330,13 +331,16 @@ at::Tensor attention(const at::Tensor& q_nhp, const at::Tensor& k_nkp, const at:
   if (!k_cache_slkp.defined()) return fresh();
 
   at::AutoGradMode no_grad(false);
-  write_cache(k_nkp, spans, k_cache_slkp), write_cache(v_nkp, spans, v_cache_slkp);
+  const bool gpu = on_gpu(k_cache_slkp) && on_gpu(v_cache_slkp) && k_cache_slkp.scalar_type() == v_cache_slkp.scalar_type();
+  if (gpu) gpu_kernels()->write_cache(k_nkp, v_nkp, spans, k_cache_slkp, v_cache_slkp);
+  else write_cache(k_nkp, spans, k_cache_slkp), write_cache(v_nkp, spans, v_cache_slkp);
   if (std::all_of(spans.list().begin(), spans.list().end(), [](const Span& span) { return span.start == 0; })) return fresh();
   const auto out_nhp = at::empty(q_nhp.sizes(), q_nhp.options());
   const bool own = q_nhp.is_cpu() && (q_nhp.scalar_type() == at::kFloat || q_nhp.scalar_type() == at::kBFloat16) &&
                    k_cache_slkp.scalar_type() == q_nhp.scalar_type() && v_cache_slkp.scalar_type() == q_nhp.scalar_type() &&
                    *std::max_element(lengths.begin(), lengths.end()) <= kFold;
-  if (own) attend_cache_cpu(q_nhp, spans, scale, window, k_cache_slkp, v_cache_slkp, out_nhp);
+  if (gpu && k_cache_slkp.scalar_type() == q_nhp.scalar_type() && q_nhp.size(2) <= 256) gpu_kernels()->attend_cache(q_nhp, spans, scale, window, k_cache_slkp, v_cache_slkp, out_nhp);
+  else if (own) attend_cache_cpu(q_nhp, spans, scale, window, k_cache_slkp, v_cache_slkp, out_nhp);
   else attend_cache(q_nhp, spans, scale, window, k_cache_slkp, v_cache_slkp, out_nhp);
   return out_nhp;
 }

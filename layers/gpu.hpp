@@ -59,6 +59,10 @@ struct GpuKernels {
                                                   const Dispatch& dispatch) = nullptr;
   std::array<at::Tensor, 4> (*expert_mlp_backward)(const at::Tensor& x_nw, const at::Tensor& weights_nk, const at::Tensor& up_efw, const at::Tensor& down_ewf,
                                                    const Dispatch& dispatch, const at::Tensor& u_mf, const at::Tensor& dout_nw) = nullptr;
+  // Attention of spans to a cache, as `attention` defines it, of heads of up to 256 channels in one dtype; and rows of k and v [N, K, P] to their places in it.
+  void (*attend_cache)(const at::Tensor& q_nhp, const Spans& spans, double scale, int64_t window, const at::Tensor& k_cache_slkp, const at::Tensor& v_cache_slkp,
+                       const at::Tensor& out_nhp) = nullptr;
+  void (*write_cache)(const at::Tensor& k_nkp, const at::Tensor& v_nkp, const Spans& spans, const at::Tensor& k_cache_slkp, const at::Tensor& v_cache_slkp) = nullptr;
 };
 
 // nullptr where no kernels are there. A library that has some gives its table when it is loaded; the last one given counts.

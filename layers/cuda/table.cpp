@@ -14,6 +14,7 @@ GpuKernels make_table() {
   add_norm(table);
   add_pointwise(table);
   add_scan(table);
+  add_attention_cache(table);
   add_experts(table);
   add_grouped_gemm(table);
   return table;

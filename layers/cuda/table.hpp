@@ -8,6 +8,7 @@ void add_conv(GpuKernels& table);
 void add_norm(GpuKernels& table);
 void add_pointwise(GpuKernels& table);
 void add_scan(GpuKernels& table);
+void add_attention_cache(GpuKernels& table);
 void add_experts(GpuKernels& table);
 void add_grouped_gemm(GpuKernels& table);
 

@@ -149,7 +149,7 @@ TEST(Attention, TakesStridedInput) {
 TEST(Attention, ShortSpansReadLongCaches) {
   const Spans spans({{0, 999, 1, 1000, 1}, {1, 700, 5, 705, 0}, {2, 0, 3, 3, 2}, {3, 255, 2, 257, 3}});
   for (const auto dtype : {at::kFloat, at::kBFloat16})
-    for (const int64_t dim : {32, 20})
+    for (const int64_t dim : {32, 20, 72, 136, 256})
       for (const int64_t window : {0, 300, 1}) {
         const auto q = at::randn({11, 6, dim}, dtype), k = at::randn({11, 2, dim}, dtype), v = at::randn({11, 2, dim}, dtype);
         const auto cache_k = at::randn({4, 1100, 2, dim}, dtype), cache_v = at::randn({4, 1100, 2, dim}, dtype);

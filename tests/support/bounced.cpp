@@ -7,6 +7,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <tuple>
+#include <type_traits>
 
 #include "layers/experts.hpp"
 #include "layers/gpu.hpp"
@@ -53,9 +54,16 @@ struct Bounced<member> {
   static R call(A... args) {
     const at::NoGradGuard no_grad;
     const std::tuple<std::decay_t<A>...> copies{there(args)...};
-    R out = std::apply([](const auto&... copy) { return kernel(copy...); }, copies);
-    std::apply([&](const auto&... copy) { (put_back(args, copy), ...); }, copies);
-    return back(out);
+    const auto run = [](const auto&... copy) { return kernel(copy...); };
+    const auto put_all_back = [&](const auto&... copy) { (put_back(args, copy), ...); };
+    if constexpr (std::is_void_v<R>) {
+      std::apply(run, copies);
+      std::apply(put_all_back, copies);
+    } else {
+      R out = std::apply(run, copies);
+      std::apply(put_all_back, copies);
+      return back(out);
+    }
   }
 };
 
@@ -77,7 +85,7 @@ void run_kernels_on(const char* word) {
   using K = GpuKernels;
   bounce<&K::conv_forward, &K::conv_with_state, &K::conv_backward, &K::norm_forward, &K::norm_backward, &K::relu2_forward, &K::relu2_backward, &K::uniform, &K::dropout, &K::scan_forward,
          &K::scan_with_state, &K::scan_backward, &K::dispatch, &K::take_rows, &K::sum_rows, &K::spread_rows, &K::row_products, &K::grouped_linear_forward, &K::grouped_linear_backward,
-         &K::expert_mlp_forward, &K::expert_mlp_backward>(table);
+         &K::expert_mlp_forward, &K::expert_mlp_backward, &K::attend_cache, &K::write_cache>(table);
   table.takes = [](const at::Tensor& t) { return t.is_cpu(); };
   use_gpu_kernels(&table);
 }
