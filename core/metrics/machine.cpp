@@ -5,6 +5,7 @@
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/ones.h>
+#include <ATen/ops/randn.h>
 #include <ATen/ops/zeros.h>
 #include <fmt/format.h>
 #include <sys/resource.h>
@@ -39,8 +40,9 @@ struct Product {
   at::Tensor a, b, out;
   Product(int64_t n, at::ScalarType dtype, at::Device device) {
     const auto options = at::TensorOptions().dtype(dtype).device(device);
-    a = at::ones({n, n}, options);
-    b = at::ones({n, n}, options);
+    // A GPU draws less power, and runs faster, where all numbers are alike.
+    a = device.is_cpu() ? at::ones({n, n}, options) : at::randn({n, n}, options);
+    b = device.is_cpu() ? at::ones({n, n}, options) : at::randn({n, n}, options);
     out = at::empty({n, n}, options);
   }
   at::Tensor operator()() {
