@@ -73,7 +73,9 @@ void norms() {
 }
 
 void convolution() {
-  for (const auto& [N, C, T] : {std::tuple<int64_t, int64_t, int64_t>{2048, 768, 512}, {2048, 3072, 2048}, {2048, 768, 17}}) {
+  std::vector<std::tuple<int64_t, int64_t, int64_t>> sizes{{2048, 768, 512}, {2048, 3072, 2048}, {2048, 768, 17}};
+  if (bench_device().is_cuda()) sizes.insert(sizes.end(), {{8192, 6144, 8192}, {32768, 6144, 4096}});
+  for (const auto& [N, C, T] : sizes) {
     add(fmt::format("causal_conv1d/{}x{}/documents_of_{}", N, C, T), true, true, [=](ScalarType dtype, bool reference) {
       const Spans spans = rows(N / T * T, T);
       const at::Tensor x = at::randn({spans.num_tokens(), C}, on(dtype)), w = at::randn({C, 1, 4}, on(dtype)), b = at::randn({C}, on(dtype));
@@ -87,7 +89,9 @@ void scan() {
   struct Sizes {
     int64_t tokens, length, heads, head_dim, groups, state;
   };
-  for (const Sizes z : {Sizes{2048, 512, 8, 64, 2, 64}, {2048, 2048, 16, 64, 8, 128}, {16384, 16384, 8, 64, 2, 64}, {2048, 97, 8, 64, 2, 64}})
+  std::vector<Sizes> all{{2048, 512, 8, 64, 2, 64}, {2048, 2048, 16, 64, 8, 128}, {16384, 16384, 8, 64, 2, 64}, {2048, 97, 8, 64, 2, 64}};
+  if (bench_device().is_cuda()) all.insert(all.end(), {{4096, 4096, 64, 64, 8, 128}, {8192, 8192, 64, 64, 8, 128}, {32768, 4096, 64, 64, 8, 128}});
+  for (const Sizes z : all)
     add(fmt::format("ssd_scan/{}/documents_of_{}/H{}xP{}xG{}xS{}", z.tokens, z.length, z.heads, z.head_dim, z.groups, z.state), true, true, [=](ScalarType dtype, bool reference) {
       const SsdSizes sizes{.num_heads = z.heads, .head_dim = z.head_dim, .num_groups = z.groups, .state_size = z.state, .chunk = 64};
       const Spans spans = rows(z.tokens / z.length * z.length, z.length);
@@ -97,6 +101,21 @@ void scan() {
       const double chunks = static_cast<double>(spans.size() * ((z.length + 63) / 64));
       return Case{[=] { return reference ? ssd_scan_ref(xbc, dt, bias, A, D, sizes, spans) : ssd_scan(xbc, dt, bias, A, D, sizes, spans); }, {xbc, dt, bias, A, D}, double(N),
                   chunks * ssd_scan_ref_flops(sizes, 64), width(dtype) * xbc.numel() + 4.0 * N * inner};
+    });
+}
+
+// One token of every sequence: the state is read and written.
+void scan_steps() {
+  for (const auto& [batch, H, P, G, S] : {std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t>{1, 64, 64, 8, 128}, {64, 64, 64, 8, 128}})
+    add(fmt::format("ssd_scan_step/batch_{}/H{}xP{}xG{}xS{}", batch, H, P, G, S), false, true, [=](ScalarType dtype, bool reference) {
+      const SsdSizes sizes{.num_heads = H, .head_dim = P, .num_groups = G, .state_size = S};
+      std::vector<Span> list;
+      for (int64_t s = 0; s < batch; ++s) list.push_back({s, 100, 1, 101, s});
+      const Spans spans(list);
+      const at::Tensor xbc = at::randn({batch, H * P + 2 * G * S}, on(dtype)), dt = at::randn({batch, H}, on(dtype)), vector = at::rand({H}, on()),
+                       state = at::zeros({batch, H, P, S}, on());
+      return Case{[=] { return reference ? ssd_scan_ref(xbc, dt, vector, vector, vector, sizes, spans, state) : ssd_scan(xbc, dt, vector, vector, vector, sizes, spans, state); },
+                  {}, double(batch), 6.0 * batch * H * P * S, 8.0 * state.numel()};
     });
 }
 
@@ -221,6 +240,6 @@ void elementwise() {
 int main(int argc, char** argv) {
   using namespace tessera::benchmarks;
   tessera::apply_runtime({});
-  norms(), convolution(), scan(), attentions(), products(), experts(), losses(), elementwise();
+  norms(), convolution(), scan(), scan_steps(), attentions(), products(), experts(), losses(), elementwise();
   return run(argc, argv);
 }

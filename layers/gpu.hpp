@@ -36,7 +36,7 @@ struct GpuKernels {
   at::Tensor (*uniform)(uint64_t key, const at::Tensor& token_n, int64_t width, int64_t first) = nullptr;
   at::Tensor (*dropout)(const at::Tensor& x_nw, uint64_t key, const at::Tensor& token_n, int64_t first, double p) = nullptr;
 
-  // ssd_scan. bf16 inputs: operands of products are rounded to bf16 (decayed C B^T, weighted x, states between chunks, the gradient of y), sums are fp32.
+  // ssd_scan. bf16 inputs: operands of products are rounded to bf16 (decayed C B^T, weighted x, states between chunks), sums are fp32; y is bf16.
   at::Tensor (*scan_forward)(const at::Tensor& xbc_nc, const at::Tensor& dt_nh, const at::Tensor& dt_bias_h, const at::Tensor& A_log_h, const at::Tensor& D_h,
                              const SsdSizes& sizes, const std::vector<int64_t>& rows) = nullptr;
   at::Tensor (*scan_with_state)(const at::Tensor& xbc_nc, const at::Tensor& dt_nh, const at::Tensor& dt_bias_h, const at::Tensor& A_log_h,

@@ -19,7 +19,7 @@ struct SsdSizes {
 // y_t = s_t C_t + D x_t with s_t = exp(d_t A) s_{t-1} + d_t x_t B_t^T, d = clamp(softplus(dt + dt_bias), dt_min, dt_max), A = -exp(A_log).
 // xbc_nc: [N, H*P + 2*G*S] = [x | B | C], fp32 or bf16, rows may be strided (a slice of a packed matrix); dt_nh: [N, H];
 // dt_bias_h, A_log_h, D_h: [H]. Returns [N, H*P] in fp32; everything inside is fp32. fp64 inputs take the reference composition.
-// On a GPU chunks are of the kernels' own length, and the products of bf16 inputs take operands rounded to bf16 (and so does the gradient of y), sums in fp32.
+// On a GPU chunks are of the kernels' own length, and the products of bf16 inputs take operands rounded to bf16 and y is bf16 too; sums are fp32.
 // state_shps: undefined, or fp32 [slots, H, P, S]: a span with start 0 begins from zeros, another from its slot; each slot then holds the
 // state after its span (one span a slot). No gradient flows in that case.
 // Keeps only its inputs for the backward pass. A document's values do not depend on the others', bit for bit.

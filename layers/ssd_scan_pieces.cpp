@@ -56,7 +56,7 @@ at::Tensor ssd_scan(Context& ctx, const at::Tensor& xbc_nc, const at::Tensor& dt
   if (!ctx.cut()) return ssd_scan(xbc_nc, dt_nh, dt_bias_h, A_log_h, D_h, z, ctx.spans(), state_shps);
   require_pieces("ssd_scan", ctx, xbc_nc, state_shps.defined());
   const at::Tensor y_ni = ssd_scan(xbc_nc, dt_nh, dt_bias_h, A_log_h, D_h, z, ctx.spans());
-  const auto dtype = y_ni.scalar_type();
+  const auto dtype = y_ni.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   const at::Tensor d_nh = at::softplus(dt_nh.to(dtype) + dt_bias_h.to(dtype), 1, 40).clamp(z.dt_min, z.dt_max);
   const Rows rows{.xbc_nc = xbc_nc, .d_nh = d_nh, .decay_nh = d_nh * A_log_h.to(dtype).exp().neg(), .z = z, .dtype = dtype};
 

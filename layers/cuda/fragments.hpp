@@ -30,13 +30,15 @@ using FragmentB = Fragment<T, 2>;
 // mma_bf16 in fp32: every operand comes from the lane that holds it.
 __device__ inline void mma_by_shuffles(float (&d)[4], const Fragment<float, 4>& a, const Fragment<float, 2>& b) {
   const int lane = static_cast<int>(threadIdx.x) % kWarp, t = lane % 4;
+#pragma unroll 1  // a quarter of the code; what differs between the turns is only which lane owns an operand
+  for (int owner = 0; owner < 4; ++owner)
 #pragma unroll
-  for (int k = 0; k < 16; ++k) {
-    const int half = k % 2, owner = k % 8 / 2, block = k / 8;
-    const float upper = shuffle(a.r[4 * block + half], lane - t + owner), lower = shuffle(a.r[4 * block + 2 + half], lane - t + owner);
-    const float left = shuffle(b.r[2 * block + half], 8 * t + owner), right = shuffle(b.r[2 * block + half], 8 * t + 4 + owner);
-    d[0] = fmaf(upper, left, d[0]), d[1] = fmaf(upper, right, d[1]), d[2] = fmaf(lower, left, d[2]), d[3] = fmaf(lower, right, d[3]);
-  }
+    for (int i = 0; i < 4; ++i) {
+      const int half = i % 2, block = i / 2;
+      const float upper = shuffle(a.r[4 * block + half], lane - t + owner), lower = shuffle(a.r[4 * block + 2 + half], lane - t + owner);
+      const float left = shuffle(b.r[2 * block + half], 8 * t + owner), right = shuffle(b.r[2 * block + half], 8 * t + 4 + owner);
+      d[0] = fmaf(upper, left, d[0]), d[1] = fmaf(upper, right, d[1]), d[2] = fmaf(lower, left, d[2]), d[3] = fmaf(lower, right, d[3]);
+    }
 }
 
 __device__ inline void multiply(float (&d)[4], const Fragment<bf16, 4>& a, const Fragment<bf16, 2>& b) { mma_bf16(d, a.r, b.r); }
@@ -87,16 +89,24 @@ __device__ inline void load_b(FragmentB<T> (&b)[2], const T* tile, int stride, i
 __device__ inline int row_of(int e) { return static_cast<int>(threadIdx.x) % kWarp / 4 + 8 * (e / 2); }
 __device__ inline int column_of(int e) { return 2 * (static_cast<int>(threadIdx.x) % 4) + e % 2; }
 
-// Copies [rows, columns] from memory into a tile of kRows x kColumns, the rest zeros, by all `kThreads` of the block. kWide: by cp.async, to be waited
+// Copies [rows, columns] from memory into a tile of kRows x kColumns, the rest zeros, by all `kThreads` of the block. `wide`: by cp.async, to be waited
 // for; columns and strides are whole 16-byte vectors. Without it elements are stored at once.
-template <int kRows, int kColumns, int kThreads, bool kWide, class T>
-__device__ inline void load_tile(T* tile, int stride, const T* from, int64_t from_stride, int rows, int columns) {
-  constexpr int V = kWide ? 16 / static_cast<int>(sizeof(T)) : 1, kAcross = kColumns / V;
-  for (int i = static_cast<int>(threadIdx.x); i < kRows * kAcross; i += kThreads) {
-    const int r = i / kAcross, c = i % kAcross * V;
-    const bool inside = r < rows && c < columns;
-    if constexpr (kWide) cp_async16(tile + r * stride + c, inside ? from + r * from_stride + c : from, inside ? 16 : 0);
-    else tile[r * stride + c] = inside ? from[r * from_stride + c] : from_float<T>(0.0f);
+template <int kRows, int kColumns, int kThreads, class T>
+__device__ inline void load_tile(bool wide, T* tile, int stride, const T* from, int64_t from_stride, int rows, int columns) {
+  if (wide) {
+    constexpr int V = 16 / static_cast<int>(sizeof(T)), kAcross = kColumns / V;
+#pragma unroll 1  // addresses worked out ahead would cost registers, and nothing waits for these copies
+    for (int i = static_cast<int>(threadIdx.x); i < kRows * kAcross; i += kThreads) {
+      const int r = i / kAcross, c = i % kAcross * V;
+      const bool inside = r < rows && c < columns;
+      cp_async16(tile + r * stride + c, inside ? from + r * from_stride + c : from, inside ? 16 : 0);
+    }
+  } else {
+#pragma unroll 1
+    for (int i = static_cast<int>(threadIdx.x); i < kRows * kColumns; i += kThreads) {
+      const int r = i / kColumns, c = i % kColumns;
+      tile[r * stride + c] = r < rows && c < columns ? from[r * from_stride + c] : from_float<T>(0.0f);
+    }
   }
 }
 __device__ inline void wait_for_tiles() {

@@ -47,11 +47,12 @@ struct Prepared {
     in = {.xbc = xbc.const_data_ptr(), .dt = dt.const_data_ptr(), .dt_bias = dt_bias.const_data_ptr<float>(), .A_log = A_log.const_data_ptr<float>(),
           .D = D.const_data_ptr<float>(), .type = type_of(xbc), .dt_type = type_of(dt), .H = z.num_heads, .P = z.head_dim, .G = z.num_groups, .S = z.state_size,
           .xbc_stride = xbc.stride(0), .dt_stride = dt.stride(0), .dt_min = static_cast<float>(z.dt_min), .dt_max = static_cast<float>(z.dt_max),
-          .chunks = nullptr, .spans = nullptr, .num_chunks = 0, .num_spans = 0, .step = nullptr, .decay = nullptr};
+          .chunks = nullptr, .spans = nullptr, .num_chunks = 0, .num_spans = 0, .wide = false, .step = nullptr, .decay = nullptr};
     Q = scan_chunk(in.type);
   }
-  // spans: where there is a decode state.
-  void cut(const std::vector<int64_t>& rows, const Spans* with_state = nullptr) {
+  // other: one more pointer of the caller's; with_state: where there is a decode state.
+  void cut(const std::vector<int64_t>& rows, const void* other, const Spans* with_state = nullptr) {
+    in.wide = scan_wide(in, other);
     chunks = chunk_list(rows, Q, xbc);
     const auto fields = [&] { return span_fields(rows, Q, with_state); };
     spans = with_state ? to_device(fields(), xbc.device()) : device_list("scan spans", Q, rows, xbc, fields);
@@ -78,8 +79,8 @@ struct Prepared {
 
 at::Tensor outputs(const Prepared& p, float* state) {
   const at::Tensor states = p.entering(state);
-  at::Tensor y = p.fp32({p.xbc.size(0), p.in.H * p.in.P});
-  p.launches.check(scan_outputs(p.in, states.const_data_ptr(), y.mutable_data_ptr<float>(), p.launches.stream()));
+  at::Tensor y = at::empty({p.xbc.size(0), p.in.H * p.in.P}, p.xbc.options());
+  p.launches.check(scan_outputs(p.in, states.const_data_ptr(), y.mutable_data_ptr(), p.launches.stream()));
   return y;
 }
 
@@ -87,7 +88,7 @@ at::Tensor forward(const at::Tensor& xbc_nc, const at::Tensor& dt_nh, const at::
                    const SsdSizes& sizes, const std::vector<int64_t>& rows) {
   const Launches launches(kOp, xbc_nc);
   Prepared p(launches, xbc_nc, dt_nh, dt_bias_h, A_log_h, D_h, sizes);
-  p.cut(rows);
+  p.cut(rows, nullptr);
   return outputs(p, nullptr);
 }
 
@@ -97,15 +98,15 @@ at::Tensor with_state(const at::Tensor& xbc_nc, const at::Tensor& dt_nh, const a
   Prepared p(launches, xbc_nc, dt_nh, dt_bias_h, A_log_h, D_h, sizes);
   float* const state = state_shps.mutable_data_ptr<float>();
   if (spans.num_tokens() > spans.size()) {
-    p.cut(spans.rows(), &spans);
+    p.cut(spans.rows(), state, &spans);
     return outputs(p, state);
   }
   std::vector<int64_t> slots;
   for (const Span& span : spans.list()) slots.insert(slots.end(), {span.state_slot, span.start > 0});
   const at::Tensor there = to_device(slots, xbc_nc.device());
   p.in.num_spans = spans.size();
-  at::Tensor y = p.fp32({p.xbc.size(0), p.in.H * p.in.P});
-  launches.check(scan_step(p.in, there.const_data_ptr<int64_t>(), state, y.mutable_data_ptr<float>(), launches.stream()));
+  at::Tensor y = at::empty({p.xbc.size(0), p.in.H * p.in.P}, p.xbc.options());
+  launches.check(scan_step(p.in, there.const_data_ptr<int64_t>(), state, y.mutable_data_ptr(), launches.stream()));
   return y;
 }
 
@@ -113,18 +114,19 @@ std::array<at::Tensor, 5> backward(const at::Tensor& xbc_nc, const at::Tensor& d
                                    const at::Tensor& D_h, const SsdSizes& sizes, const std::vector<int64_t>& rows, const at::Tensor& dy_ni) {
   const Launches launches(kOp, xbc_nc);
   Prepared p(launches, xbc_nc, dt_nh, dt_bias_h, A_log_h, D_h, sizes);
-  p.cut(rows);
-  const at::Tensor dy = dy_ni.detach().to(p.xbc.scalar_type()).contiguous(), entering = p.entering(nullptr);
+  const at::Tensor dy = dy_ni.detach().to(p.xbc.scalar_type()).contiguous();
+  p.cut(rows, dy.const_data_ptr());
+  const at::Tensor entering = p.entering(nullptr);
   at::Tensor leaving = at::empty(entering.sizes(), entering.options()), dxbc = at::empty(xbc_nc.sizes(), xbc_nc.options());
   at::Tensor ddt = at::empty({p.xbc.size(0), p.in.H}, p.dt.options());
-  const int64_t M = p.in.num_chunks, H = p.in.H, slices = scan_slices(p.in.S);
-  at::Tensor by_rows = p.fp32({1 + slices, M, H, p.Q}), by_columns = p.fp32({1 + slices, M, H, p.Q}), diagonal = p.fp32({2, M, H, p.Q}),
-             ends = p.fp32({2, M, H, scan_end_parts(p.in.type, p.in.S)}), partials = p.fp32({M, 3 * H}), vectors = p.fp32({3 * H});
-  const ScanSums sums{by_rows.mutable_data_ptr<float>(), by_columns.mutable_data_ptr<float>(), ends.mutable_data_ptr<float>(),
-                      ends.mutable_data_ptr<float>() + ends.numel() / 2, diagonal.mutable_data_ptr<float>(),
-                      diagonal.mutable_data_ptr<float>() + M * H * p.Q};
+  const int64_t M = p.in.num_chunks, H = p.in.H, slices = scan_slices(p.in.type, p.in.S);
+  at::Tensor by_token = p.fp32({2 * (1 + slices) + 2, M, H, p.Q}), ends = p.fp32({M, H, scan_end_parts(p.in)}), gaps = p.fp32({M, H, scan_gap_parts(p.in.type)}),
+             partials = p.fp32({M, 3 * H}), vectors = p.fp32({3 * H});
+  const auto slice = [&](int64_t i) { return by_token.mutable_data_ptr<float>() + i * M * H * p.Q; };
+  const ScanSums sums{.rows = slice(0), .columns = slice(1 + slices), .ends = ends.mutable_data_ptr<float>(), .gaps = gaps.mutable_data_ptr<float>(),
+                      .diagonal = slice(2 * (1 + slices)), .own = slice(2 * (1 + slices) + 1)};
   const Stream stream = launches.stream();
-  launches.check(scan_gradient_states(p.in, dy.const_data_ptr(), leaving.mutable_data_ptr(), stream));
+  launches.check(scan_gradient_states(p.in, dy.const_data_ptr(), entering.const_data_ptr(), leaving.mutable_data_ptr(), sums, stream));
   launches.check(scan_gradient_x(p.in, dy.const_data_ptr(), leaving.const_data_ptr(), dxbc.mutable_data_ptr(), stream));
   launches.check(scan_gradient_bc(p.in, dy.const_data_ptr(), entering.const_data_ptr(), leaving.const_data_ptr(), dxbc.mutable_data_ptr(), sums, stream));
   launches.check(scan_gradient_steps(p.in, sums, ddt.mutable_data_ptr(), partials.mutable_data_ptr<float>(), stream));

@@ -4,8 +4,9 @@
 // recompute all else. With lam the sum of decays within a chunk, i >= j its tokens, and d the time steps:
 //   y_i  = exp(lam_i) C_i s_in + sum_j (C_i B_j) exp(lam_i - lam_j) d_j x_j + D x_i
 //   dx_j = d_j (exp(lam_end - lam_j) B_j ds_out + sum_i (C_i B_j) exp(lam_i - lam_j) dy_i) + D dy_j
-// Bytes a token at H 64, P 64, S 128, G 8, bf16, Q 128, in KB of 1024: states written 8 + x, B 10, passed on 16, outputs x, B, C 12 + states 8 + y 16 = 70.
-// Backward: states of both directions 16 + x, B, C, dy 20, passed on 32, dx 8 + dy, B, C 12 + states 8, dB and dC 4 + twice (x, dy, B, C) 40 + states 24: 164.
+// Bytes a token at H 64, P 64, S 128, G 8, bf16, Q 128, in KB of 1024 (the states of a chunk are 8 a token). Forward: x, B 10 and states 8; passed on 16;
+// x, B, C 12, states 8 and y 8: 62, or 14.8 ns at 4.3 TB/s. Backward: states again 34; dy, C 10 and 8; passed on 24; dx 8 from dy, B, C 12 and 8; dB and dC
+// 4 from twice x, dy, B, C 20 and 8: 164, or 39 ns. Products, the triangle by tiles of 16: 2.8 and 7.8 MFLOP.
 #include "layers/cuda/ssd_scan.hpp"
 
 #include <initializer_list>
@@ -49,21 +50,15 @@ template <class T>
 __device__ inline const T* C_of(const ScanInputs& in, int64_t row, int64_t group) { return x_of<T>(in, row) + in.H * in.P + (in.G + group) * in.S; }
 
 // Two neighbours of a row in the output, the second of which may lie outside.
-template <bool kWide>
-__device__ inline void store_pair(float* to, float a, float b, bool both) {
-  if constexpr (kWide) store_vector(to, float2{a, b});
-  else {
-    to[0] = a;
-    if (both) to[1] = b;
-  }
+__device__ inline void store_pair(bool wide, float* to, float a, float b, bool both) {
+  if (wide) return store_vector(to, float2{a, b});
+  to[0] = a;
+  if (both) to[1] = b;
 }
-template <bool kWide>
-__device__ inline void store_pair(bf16* to, float a, float b, bool both) {
-  if constexpr (kWide) store_vector(to, pack_bf16(a, b));
-  else {
-    to[0] = from_float<bf16>(a);
-    if (both) to[1] = from_float<bf16>(b);
-  }
+__device__ inline void store_pair(bool wide, bf16* to, float a, float b, bool both) {
+  if (wide) return store_vector(to, pack_bf16(a, b));
+  to[0] = from_float<bf16>(a);
+  if (both) to[1] = from_float<bf16>(b);
 }
 
 // --- time steps and decays: a warp a chunk and head --------------------------------------------------------------------------------
@@ -90,11 +85,11 @@ __global__ void __launch_bounds__(kStepWarps* kWarp) steps_kernel(ScanInputs in)
 
 // The heads of one group that a block takes.
 struct Heads {
-  int64_t m, g, begin, end;
+  int m, g, begin, end;
 };
-__device__ inline Heads heads_of(const ScanInputs& in, int64_t block, int splits) {
-  const int64_t R = in.H / in.G, split = block % splits, g = block / splits % in.G;
-  return {block / splits / in.G, g, g * R + R * split / splits, g * R + R * (split + 1) / splits};
+__device__ inline Heads heads_of(const ScanInputs& in, int block, int splits) {
+  const int G = static_cast<int>(in.G), R = static_cast<int>(in.H) / G, split = block % splits, g = block / splits % G;
+  return {block / splits / G, g, g * R + R * split / splits, g * R + R * (split + 1) / splits};
 }
 
 // --- what a chunk adds: sum_j w_j x_j B_j^T; for the gradient sum_i exp(lam_i) dy_i C_i^T -------------------------------------------
@@ -104,22 +99,22 @@ struct StatesMemory {
   float weight[kQ<T>];
 };
 
-template <class T, int ST, bool kWide, bool kGradient>
+template <class T, int ST, bool kGradient>
 __global__ void __launch_bounds__(kThreads<T>, 2) states_kernel(ScanInputs in, const T* dy, T* states, int splits) {
   constexpr int Q = kQ<T>, kColumnWarps = kWarps<T> / 4, NT = ST / 8 / kColumnWarps, kStrideS = padded<T>(ST), kStrideP = padded<T>(kP);
   auto& memory = *reinterpret_cast<StatesMemory<T, ST>*>(shared_memory());
-  const Heads heads = heads_of(in, blockIdx.x, splits);
+  const Heads heads = heads_of(in, static_cast<int>(blockIdx.x), splits);
   const ScanChunk chunk = in.chunks[heads.m];
   const int length = static_cast<int>(chunk.length), s_tiles = static_cast<int>(ceil_div(in.S, ST));
   const int64_t s0 = static_cast<int64_t>(blockIdx.y) % s_tiles * ST, p0 = static_cast<int64_t>(blockIdx.y) / s_tiles * kP;
   const int num_s = static_cast<int>(min<int64_t>(in.S - s0, ST)), num_p = static_cast<int>(min<int64_t>(in.P - p0, kP));
   const int row0 = warp_of() % 4 * 16, column0 = warp_of() / 4 * (ST / kColumnWarps);
   const T* matrix = (kGradient ? C_of<T>(in, chunk.row, heads.g) : B_of<T>(in, chunk.row, heads.g)) + s0;
-  load_tile<Q, ST, kThreads<T>, kWide>(memory.matrix, kStrideS, matrix, in.xbc_stride, length, num_s);
-  for (int64_t h = heads.begin; h < heads.end; ++h) {
+  load_tile<Q, ST, kThreads<T>>(in.wide, memory.matrix, kStrideS, matrix, in.xbc_stride, length, num_s);
+  for (int h = heads.begin; h < heads.end; ++h) {
     if (h > heads.begin) __syncthreads();
     const T* values = (kGradient ? dy + chunk.row * in.H * in.P : x_of<T>(in, chunk.row)) + h * in.P + p0;
-    load_tile<Q, kP, kThreads<T>, kWide>(memory.values, kStrideP, values, kGradient ? in.H * in.P : in.xbc_stride, length, num_p);
+    load_tile<Q, kP, kThreads<T>>(in.wide, memory.values, kStrideP, values, kGradient ? in.H * in.P : in.xbc_stride, length, num_p);
     if (threadIdx.x < Q) {
       const int64_t at = (heads.m * in.H + h) * Q, q = threadIdx.x;
       memory.weight[q] = kGradient ? exp2f(in.decay[at + q]) : exp2f(in.decay[at + Q - 1] - in.decay[at + q]) * in.step[at + q];
@@ -150,48 +145,67 @@ __global__ void __launch_bounds__(kThreads<T>, 2) states_kernel(ScanInputs in, c
 #pragma unroll
       for (int e = 0; e < 4; e += 2) {
         const int r = row0 + row_of(e), c = column0 + 8 * n + column_of(e);
-        if (r < num_p && c < num_s) store_pair<kWide>(out + r * in.S + c, sums[n][e], sums[n][e + 1], c + 1 < num_s);
+        if (r < num_p && c < num_s) store_pair(in.wide, out + r * in.S + c, sums[n][e], sums[n][e + 1], c + 1 < num_s);
       }
   }
 }
 
 // --- states from chunk to chunk, in place: a thread 16 bytes of a state, along its span ---------------------------------------------
-constexpr int kPassThreads = 128, kPassAhead = 4;
+constexpr int kPassThreads = 128, kPassBlocks = 6, kPassAhead = 4;
 
+// Backward it also gives a warp's part of the product of the state that enters a chunk and the gradient of the one that leaves.
 template <class T, bool kWide, bool kGradient>
-__global__ void __launch_bounds__(kPassThreads) pass_kernel(ScanInputs in, T* states, float* kept) {
+__global__ void __launch_bounds__(kPassThreads, kPassBlocks) pass_kernel(ScanInputs in, T* states, float* kept, const T* entering, float* ends) {
   constexpr int V = kWide ? 16 / static_cast<int>(sizeof(T)) : 1, Q = kQ<T>;
   const int64_t size = in.P * in.S, blocks = ceil_div(size, int64_t{V} * kPassThreads), block = blockIdx.x;
-  const int64_t e = (block % blocks * kPassThreads + threadIdx.x) * V, h = block / blocks % in.H;
-  if (e >= size) return;
+  const int64_t e = (block % blocks * kPassThreads + threadIdx.x) * V, h = block / blocks % in.H, parts = ceil_div(size, int64_t{V} * kWarp);
+  if (e - V * lane_of() >= size) return;  // the warp as a whole
+  const bool inside = e < size;
   const ScanSpan span = in.spans[block / blocks / in.H];
   const int64_t step = (kGradient ? -1 : 1) * in.H * size, first = kGradient ? span.first + span.count - 1 : span.first;
-  T* at = states + (first * in.H + h) * size + e;
-  const float* decay = in.decay + (first * in.H + h) * Q + Q - 1;
-  const int64_t decay_step = (kGradient ? -1 : 1) * in.H * Q;
+  int64_t chunk = first * in.H + h;
+  const int64_t chunk_step = (kGradient ? -1 : 1) * in.H;
+  T* at = states + chunk * size + e;
+  if constexpr (kGradient) entering += chunk * size + e;
   float state[V];
 #pragma unroll
   for (int v = 0; v < V; ++v) state[v] = 0;
-  if (kept && span.resumes) load<kWide>(kept + (span.slot * in.H + h) * size + e, state);
+  if (kept && span.resumes && inside) load<kWide>(kept + (span.slot * in.H + h) * size + e, state);
   for (int64_t c = 0; c < span.count; c += kPassAhead) {
-    Pack<kWide, T, V> added[kPassAhead];
+    Pack<kWide, T, V> added[kPassAhead], entered[kPassAhead];
     float through[kPassAhead];
 #pragma unroll
     for (int u = 0; u < kPassAhead; ++u)
-      if (c + u < span.count) added[u].load(at + u * step), through[u] = exp2f(decay[u * decay_step]);
+      if (c + u < span.count) {
+        through[u] = exp2f(in.decay[(chunk + u * chunk_step) * Q + Q - 1]);
+        if (!inside) continue;
+        added[u].load(at + u * step);
+        if constexpr (kGradient) entered[u].load(entering + u * step);
+      }
 #pragma unroll
     for (int u = 0; u < kPassAhead; ++u) {
       if (c + u >= span.count) break;
-      store<kWide>(at + u * step, state);
-      float more[V];
-      added[u].get(more);
+      float more[V] = {}, product = 0;
+      if (inside) {
+        store<kWide>(at + u * step, state);
+        added[u].get(more);
+      }
+      if constexpr (kGradient) {
+        float other[V] = {};
+        if (inside) entered[u].get(other);
+#pragma unroll
+        for (int v = 0; v < V; ++v) product = fmaf(state[v], other[v], product);
+        product = warp_sum(product);
+        if (lane_of() == 0) ends[(chunk + u * chunk_step) * parts + e / (V * kWarp)] = product;
+      }
 #pragma unroll
       for (int v = 0; v < V; ++v) state[v] = fmaf(through[u], state[v], more[v]);
     }
     at += kPassAhead * step;
-    decay += kPassAhead * decay_step;
+    chunk += kPassAhead * chunk_step;
+    if constexpr (kGradient) entering += kPassAhead * step;
   }
-  if (kept) store<kWide>(kept + (span.slot * in.H + h) * size + e, state);
+  if (kept && inside) store<kWide>(kept + (span.slot * in.H + h) * size + e, state);
 }
 
 // --- C B^T (or B C^T) of a warp's 16 rows, in fragments as the left side of the next product takes them -----------------------------
@@ -205,13 +219,14 @@ __device__ inline bool meets_token(int row, int other) {
   return kAfter ? other >= row : other <= row;
 }
 
-template <bool kAfter, int Q, class T>
-__device__ inline void add_products(float (&sums)[Q / 8][4], const T* rows, const T* others, int stride, int length, int num_k) {
+template <bool kAfter, int kTiles, class T>
+__device__ inline void add_products(float (&sums)[2 * kTiles][4], const T* rows, const T* others, int stride, int length, int num_k) {
+#pragma unroll 1
   for (int k = 0; k < num_k; k += 16) {
     FragmentA<T> a;
     load_a<false>(a, rows, stride, 16 * warp_of(), k);
 #pragma unroll
-    for (int n = 0; n < Q / 16; ++n) {
+    for (int n = 0; n < kTiles; ++n) {
       if (!meets<kAfter>(n, length)) continue;
       FragmentB<T> b[2];
       load_b<false>(b, others, stride, 16 * n, k);
@@ -220,59 +235,63 @@ __device__ inline void add_products(float (&sums)[Q / 8][4], const T* rows, cons
     }
   }
 }
-template <class T, int Q>
-__device__ inline void keep(FragmentA<T> (&kept)[Q / 16], const float (&sums)[Q / 8][4]) {
+template <class T>
+__device__ inline void keep(FragmentA<T>& kept, const float (&left)[4], const float (&right)[4]) {
 #pragma unroll
-  for (int n = 0; n < Q / 16; ++n)
-#pragma unroll
-    for (int i = 0; i < 4; ++i) kept[n].set(i, sums[2 * n + i / 2][i % 2 * 2], sums[2 * n + i / 2][i % 2 * 2 + 1]);
+  for (int i = 0; i < 4; ++i) kept.set(i, (i < 2 ? left : right)[i % 2 * 2], (i < 2 ? left : right)[i % 2 * 2 + 1]);
 }
 
 // --- y from x, or dx from dy -------------------------------------------------------------------------------------------------------
 template <class T, int ST>
 struct OutputsMemory {
   T rows[kQ<T> * padded<T>(ST)];
-  T others[kQ<T> * padded<T>(ST)];  // then the state
+  union {
+    T others[kQ<T> * padded<T>(ST)];
+    FragmentA<T> kept[kWarps<T>][kQ<T> / 16][kWarp];  // then C B^T, each lane's own
+  };
+  T state[kP * padded<T>(ST)];
   T values[kQ<T> * padded<T>(kP)];
   float step[kQ<T>], decay[kQ<T>];
 };
 
-template <class T, int ST, bool kWide, bool kGradient>
-__global__ void __launch_bounds__(kThreads<T>, 2) outputs_kernel(ScanInputs in, const T* dy, const T* states, void* out, int64_t out_stride, int splits) {
+template <class T, int ST, bool kGradient>
+__global__ void __launch_bounds__(kThreads<T>, 2) outputs_kernel(ScanInputs in, const T* dy, const T* states, T* out, int64_t out_stride, int splits) {
   constexpr int Q = kQ<T>, kStrideS = padded<T>(ST), kStrideP = padded<T>(kP);
   auto& memory = *reinterpret_cast<OutputsMemory<T, ST>*>(shared_memory());
-  const Heads heads = heads_of(in, blockIdx.x, splits);
+  const Heads heads = heads_of(in, static_cast<int>(blockIdx.x), splits);
   const ScanChunk chunk = in.chunks[heads.m];
   const int length = static_cast<int>(chunk.length);
   const T* rows = kGradient ? B_of<T>(in, chunk.row, heads.g) : C_of<T>(in, chunk.row, heads.g);
   const T* others = kGradient ? C_of<T>(in, chunk.row, heads.g) : B_of<T>(in, chunk.row, heads.g);
-  FragmentA<T> kept[Q / 16];
   {
     float sums[Q / 8][4] = {};
     for (int64_t s0 = 0; s0 < in.S; s0 += ST) {
       const int num_s = static_cast<int>(min<int64_t>(in.S - s0, ST));
       if (s0 > 0) __syncthreads();
-      load_tile<Q, ST, kThreads<T>, kWide>(memory.rows, kStrideS, rows + s0, in.xbc_stride, length, num_s);
-      load_tile<Q, ST, kThreads<T>, kWide>(memory.others, kStrideS, others + s0, in.xbc_stride, length, num_s);
+      load_tile<Q, ST, kThreads<T>>(in.wide, memory.rows, kStrideS, rows + s0, in.xbc_stride, length, num_s);
+      load_tile<Q, ST, kThreads<T>>(in.wide, memory.others, kStrideS, others + s0, in.xbc_stride, length, num_s);
       wait_for_tiles();
-      add_products<kGradient, Q>(sums, memory.rows, memory.others, kStrideS, length, num_s);
+      add_products<kGradient, Q / 16>(sums, memory.rows, memory.others, kStrideS, length, num_s);
     }
-    keep<T, Q>(kept, sums);
+    __syncthreads();
+#pragma unroll
+    for (int n = 0; n < Q / 16; ++n) keep(memory.kept[warp_of()][n][lane_of()], sums[2 * n], sums[2 * n + 1]);
   }
   const int row[2] = {16 * warp_of() + row_of(0), 16 * warp_of() + row_of(2)};
   const int p_tiles = static_cast<int>(ceil_div(in.P, kP));
-  for (int64_t item = heads.begin * p_tiles; item < heads.end * p_tiles; ++item) {
-    const int64_t h = item / p_tiles, p0 = item % p_tiles * kP;
-    const int num_p = static_cast<int>(min<int64_t>(in.P - p0, kP));
+  const int items = static_cast<int>(heads.end - heads.begin) * p_tiles;
+  for (int item = 0; item < items; ++item) {
+    const int h = heads.begin + item / p_tiles;
+    const int p0 = item % p_tiles * kP, num_p = static_cast<int>(min<int64_t>(in.P - p0, kP));
     float sums[kP / 8][4] = {};
     for (int64_t s0 = 0; s0 < in.S; s0 += ST) {
       const int num_s = static_cast<int>(min<int64_t>(in.S - s0, ST));
       __syncthreads();
-      if (in.S > ST) load_tile<Q, ST, kThreads<T>, kWide>(memory.rows, kStrideS, rows + s0, in.xbc_stride, length, num_s);
-      load_tile<kP, ST, kThreads<T>, kWide>(memory.others, kStrideS, states + ((heads.m * in.H + h) * in.P + p0) * in.S + s0, in.S, num_p, num_s);
+      if (in.S > ST) load_tile<Q, ST, kThreads<T>>(in.wide, memory.rows, kStrideS, rows + s0, in.xbc_stride, length, num_s);
+      load_tile<kP, ST, kThreads<T>>(in.wide, memory.state, kStrideS, states + ((heads.m * in.H + h) * in.P + p0) * in.S + s0, in.S, num_p, num_s);
       if (s0 == 0) {
         const T* values = (kGradient ? dy + chunk.row * in.H * in.P : x_of<T>(in, chunk.row)) + h * in.P + p0;
-        load_tile<Q, kP, kThreads<T>, kWide>(memory.values, kStrideP, values, kGradient ? in.H * in.P : in.xbc_stride, length, num_p);
+        load_tile<Q, kP, kThreads<T>>(in.wide, memory.values, kStrideP, values, kGradient ? in.H * in.P : in.xbc_stride, length, num_p);
         if (threadIdx.x < Q) {
           const int64_t at = (heads.m * in.H + h) * Q + threadIdx.x;
           memory.step[threadIdx.x] = in.step[at], memory.decay[threadIdx.x] = in.decay[at];
@@ -280,6 +299,7 @@ __global__ void __launch_bounds__(kThreads<T>, 2) outputs_kernel(ScanInputs in, 
       }
       wait_for_tiles();
       if (16 * warp_of() >= length) continue;
+#pragma unroll 1
       for (int k = 0; k < num_s; k += 16) {
         FragmentA<T> a;
         load_a<false>(a, memory.rows, kStrideS, 16 * warp_of(), k);
@@ -287,7 +307,7 @@ __global__ void __launch_bounds__(kThreads<T>, 2) outputs_kernel(ScanInputs in, 
         for (int n = 0; n < kP / 8; n += 2) {
           if (8 * n >= num_p) break;
           FragmentB<T> b[2];
-          load_b<false>(b, memory.others, kStrideS, 8 * n, k);
+          load_b<false>(b, memory.state, kStrideS, 8 * n, k);
           multiply(sums[n], a, b[0]);
           multiply(sums[n + 1], a, b[1]);
         }
@@ -301,9 +321,10 @@ __global__ void __launch_bounds__(kThreads<T>, 2) outputs_kernel(ScanInputs in, 
 #pragma unroll
       for (int n = 0; n < kP / 8; ++n) sums[n][2 * half] *= through, sums[n][2 * half + 1] *= through;
     }
-#pragma unroll
-    for (int tile = 0; tile < Q / 16; ++tile) {
-      if (!meets<kGradient>(tile, length)) continue;
+    const int last = kGradient ? Q / 16 : warp_of() + 1;
+#pragma unroll 1
+    for (int tile = kGradient ? warp_of() : 0; tile < last && 16 * tile < length; ++tile) {
+      const FragmentA<T> kept = memory.kept[warp_of()][tile][lane_of()];
       FragmentA<T> a;
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
@@ -314,7 +335,7 @@ __global__ void __launch_bounds__(kThreads<T>, 2) outputs_kernel(ScanInputs in, 
           const float gap = kGradient ? memory.decay[other + e] - lam[i % 2] : lam[i % 2] - memory.decay[other + e];
           c[e] = meets_token<kGradient>(r, other + e) ? exp2f(gap) * (kGradient ? 1.0f : memory.step[other + e]) : 0.0f;
         }
-        a.set(i, kept[tile].low(i) * c[0], kept[tile].high(i) * c[1]);
+        a.set(i, kept.low(i) * c[0], kept.high(i) * c[1]);
       }
 #pragma unroll
       for (int n = 0; n < kP / 8; n += 2) {
@@ -337,8 +358,7 @@ __global__ void __launch_bounds__(kThreads<T>, 2) outputs_kernel(ScanInputs in, 
         const int p = 8 * n + column_of(0);
         if (p >= num_p) break;
         const float a = fmaf(D, to_float(own[p]), scale * sums[n][2 * half]), b = fmaf(D, to_float(own[p + 1]), scale * sums[n][2 * half + 1]);
-        if constexpr (kGradient) store_pair<kWide>(static_cast<T*>(out) + at + p, a, b, p + 1 < num_p);
-        else store_pair<kWide>(static_cast<float*>(out) + at + p, a, b, p + 1 < num_p);
+        store_pair(in.wide, out + at + p, a, b, p + 1 < num_p);
       }
     }
   }
@@ -348,6 +368,7 @@ __global__ void __launch_bounds__(kThreads<T>, 2) outputs_kernel(ScanInputs in, 
 // Summed over the heads of a group in the order of the heads. While a head is computed the next one's tiles are on their way.
 template <class T, int ST>
 struct GradientMemory {
+  FragmentA<T> kept[kWarps<T>][kQ<T> / 16][kWarp];  // C B^T, each lane's own
   T rows[kQ<T> * padded<T>(ST)], others[kQ<T> * padded<T>(ST)];
   struct {
     T rows[kQ<T> * padded<T>(kP)], others[kQ<T> * padded<T>(kP)], state[kP * padded<T>(ST)];
@@ -355,12 +376,12 @@ struct GradientMemory {
   } stage[2];
 };
 
-template <class T, int ST, bool kWide, bool kColumns>
-__global__ void __launch_bounds__(kThreads<T>, 1) gradient_bc_kernel(ScanInputs in, const T* dy, const T* states, const T* leaving, T* dxbc, ScanSums out) {
+template <class T, int ST, bool kColumns>
+__global__ void __launch_bounds__(kThreads<T>, 1) gradient_bc_kernel(ScanInputs in, const T* dy, const T* states, T* dxbc, ScanSums out) {
   constexpr int Q = kQ<T>, kStrideS = padded<T>(ST), kStrideP = padded<T>(kP);
   auto& memory = *reinterpret_cast<GradientMemory<T, ST>*>(shared_memory());
   const int slices = static_cast<int>(ceil_div(in.S, ST)), slice = static_cast<int>(blockIdx.x) % slices;
-  const Heads heads = heads_of(in, static_cast<int64_t>(blockIdx.x) / slices, 1);
+  const Heads heads = heads_of(in, static_cast<int>(blockIdx.x) / slices, 1);
   const ScanChunk chunk = in.chunks[heads.m];
   const int length = static_cast<int>(chunk.length);
   const int64_t s0 = static_cast<int64_t>(slice) * ST, inner = in.H * in.P;
@@ -369,14 +390,14 @@ __global__ void __launch_bounds__(kThreads<T>, 1) gradient_bc_kernel(ScanInputs 
   const T* others = kColumns ? C_of<T>(in, chunk.row, heads.g) : B_of<T>(in, chunk.row, heads.g);
   const int p_tiles = static_cast<int>(ceil_div(in.P, kP));
 
-  const auto fetch = [&](int64_t item) {
+  const auto fetch = [&](int item) {
     auto& stage = memory.stage[item % 2];
-    const int64_t h = heads.begin + item / p_tiles, p0 = item % p_tiles * kP;
-    const int num_p = static_cast<int>(min<int64_t>(in.P - p0, kP));
+    const int p0 = item % p_tiles * kP, num_p = static_cast<int>(min<int64_t>(in.P - p0, kP));
+    const int h = heads.begin + item / p_tiles;
     const T *x = x_of<T>(in, chunk.row) + h * in.P + p0, *g = dy + chunk.row * inner + h * in.P + p0;
-    load_tile<Q, kP, kThreads<T>, kWide>(kColumns ? stage.rows : stage.others, kStrideP, x, in.xbc_stride, length, num_p);
-    load_tile<Q, kP, kThreads<T>, kWide>(kColumns ? stage.others : stage.rows, kStrideP, g, inner, length, num_p);
-    load_tile<kP, ST, kThreads<T>, kWide>(stage.state, kStrideS, (kColumns ? leaving : states) + ((heads.m * in.H + h) * in.P + p0) * in.S + s0, in.S, num_p, num_s);
+    load_tile<Q, kP, kThreads<T>>(in.wide, kColumns ? stage.rows : stage.others, kStrideP, x, in.xbc_stride, length, num_p);
+    load_tile<Q, kP, kThreads<T>>(in.wide, kColumns ? stage.others : stage.rows, kStrideP, g, inner, length, num_p);
+    load_tile<kP, ST, kThreads<T>>(in.wide, stage.state, kStrideS, states + ((heads.m * in.H + h) * in.P + p0) * in.S + s0, in.S, num_p, num_s);
     if (threadIdx.x < Q) {
       const int64_t at = (heads.m * in.H + h) * Q + threadIdx.x;
       stage.step[threadIdx.x] = in.step[at], stage.decay[threadIdx.x] = in.decay[at];
@@ -384,42 +405,42 @@ __global__ void __launch_bounds__(kThreads<T>, 1) gradient_bc_kernel(ScanInputs 
     cp_async_commit();
   };
 
-  FragmentA<T> kept[Q / 16];
   {
     float sums[Q / 8][4] = {};
     for (int s = 1; s <= slices; ++s) {  // this block's own slice is the last and stays
       const int64_t from = static_cast<int64_t>((slice + s) % slices) * ST;
       const int width = static_cast<int>(min<int64_t>(in.S - from, ST));
       if (s > 1) __syncthreads();
-      load_tile<Q, ST, kThreads<T>, kWide>(memory.rows, kStrideS, rows + from, in.xbc_stride, length, width);
-      load_tile<Q, ST, kThreads<T>, kWide>(memory.others, kStrideS, others + from, in.xbc_stride, length, width);
+      load_tile<Q, ST, kThreads<T>>(in.wide, memory.rows, kStrideS, rows + from, in.xbc_stride, length, width);
+      load_tile<Q, ST, kThreads<T>>(in.wide, memory.others, kStrideS, others + from, in.xbc_stride, length, width);
       wait_for_tiles();
-      add_products<kColumns, Q>(sums, memory.rows, memory.others, kStrideS, length, width);
+      add_products<kColumns, Q / 16>(sums, memory.rows, memory.others, kStrideS, length, width);
     }
-    keep<T, Q>(kept, sums);
+#pragma unroll
+    for (int n = 0; n < Q / 16; ++n) keep(memory.kept[warp_of()][n][lane_of()], sums[2 * n], sums[2 * n + 1]);
   }
 
   const int row[2] = {16 * warp_of() + row_of(0), 16 * warp_of() + row_of(2)};
   float total[ST / 8][4] = {}, mixed[Q / 8][4] = {};  // the gradient, and that of C B^T
-  float by_token[2] = {}, by_end[2] = {}, diagonal[2] = {}, by_gap = 0, end = 0;
-  const int64_t items = (heads.end - heads.begin) * p_tiles;
+  float by_token[2] = {}, by_end[2] = {}, diagonal[2] = {}, by_gap = 0;
+  const int items = static_cast<int>(heads.end - heads.begin) * p_tiles;
   fetch(0);
-  for (int64_t item = 0; item < items; ++item) {
+  for (int item = 0; item < items; ++item) {
     cp_async_wait<0>();
     __syncthreads();
     if (item + 1 < items) fetch(item + 1);
     const auto& stage = memory.stage[item % 2];
-    const int64_t h = heads.begin + item / p_tiles, p0 = item % p_tiles * kP;
-    const int num_p = static_cast<int>(min<int64_t>(in.P - p0, kP));
-    if (item % p_tiles == 0) by_token[0] = by_token[1] = by_end[0] = by_end[1] = diagonal[0] = diagonal[1] = by_gap = end = 0;
+    const int num_p = static_cast<int>(min<int64_t>(in.P - item % p_tiles * kP, kP));
+    if (item % p_tiles == 0) by_token[0] = by_token[1] = by_end[0] = by_end[1] = diagonal[0] = diagonal[1] = by_gap = 0;
     if (16 * warp_of() < length) {
-      const float lam[2] = {stage.decay[row[0]], stage.decay[row[1]]}, step[2] = {stage.step[row[0]], stage.step[row[1]]};
+      const float lam[2] = {stage.decay[row[0]], stage.decay[row[1]]}, step[2] = {kColumns ? stage.step[row[0]] : 1.0f, kColumns ? stage.step[row[1]] : 1.0f};
       FragmentA<T> a[kP / 16];
 #pragma unroll
       for (int k = 0; k < kP / 16; ++k) load_a<false>(a[k], stage.rows, kStrideP, 16 * warp_of(), 16 * k);
 #pragma unroll
       for (int tile = 0; tile < Q / 16; ++tile) {
         if (!meets<kColumns>(tile, length)) continue;
+        const FragmentA<T> kept = memory.kept[warp_of()][tile][lane_of()];
         float dm[2][4] = {};
 #pragma unroll
         for (int k = 0; k < kP / 16; ++k) {
@@ -436,8 +457,8 @@ __global__ void __launch_bounds__(kThreads<T>, 1) gradient_bc_kernel(ScanInputs 
           for (int e = 0; e < 2; ++e) {
             const float gap = kColumns ? stage.decay[other + e] - lam[half] : lam[half] - stage.decay[other + e];
             const float weight = meets_token<kColumns>(row[half], other + e) ? exp2f(gap) * (kColumns ? 1.0f : stage.step[other + e]) : 0.0f;
-            const float gradient = dm[i / 2][2 * half + e], part = gradient * weight, product = e ? kept[tile].high(i) : kept[tile].low(i);
-            mixed[2 * tile + i / 2][2 * half + e] += kColumns ? part * step[half] : part;
+            const float gradient = dm[i / 2][2 * half + e], part = gradient * weight, product = e ? kept.high(i) : kept.low(i);
+            mixed[2 * tile + i / 2][2 * half + e] += part * step[half];
             if (row[half] == other + e) diagonal[half] = fmaf(gradient, kColumns ? product : 1.0f, diagonal[half]);
             else if (slice == 0) by_token[half] = fmaf(part, product, by_token[half]), by_gap = fmaf(part * product, kColumns ? 0.0f : gap, by_gap);
           }
@@ -464,18 +485,12 @@ __global__ void __launch_bounds__(kThreads<T>, 1) gradient_bc_kernel(ScanInputs 
           for (int e = 0; e < 4; ++e) {
             const float part = by_state[j][e] * through[e / 2];
             by_end[e / 2] = fmaf(part, to_float(memory.rows[row[e / 2] * kStrideS + 8 * (n + j) + column_of(e)]), by_end[e / 2]);
-            total[n + j][e] += kColumns ? part * step[e / 2] : part;
+            total[n + j][e] += part * step[e / 2];
           }
       }
     }
-    if (!kColumns) {
-      const T* gradient = leaving + ((heads.m * in.H + h) * in.P + p0) * in.S + s0;
-      for (int e = static_cast<int>(threadIdx.x); e < kP * ST; e += kThreads<T>) {
-        const int p = e / ST, s = e % ST;
-        if (p < num_p && s < num_s) end = fmaf(to_float(gradient[p * in.S + s]), to_float(stage.state[p * kStrideS + s]), end);
-      }
-    }
     if (item % p_tiles != p_tiles - 1) continue;
+    const int h = heads.begin + item / p_tiles;
     const int64_t at = (heads.m * in.H + h) * Q, all = in.num_chunks * in.H * Q;
     float* const to = kColumns ? out.columns : out.rows;
 #pragma unroll
@@ -488,9 +503,8 @@ __global__ void __launch_bounds__(kThreads<T>, 1) gradient_bc_kernel(ScanInputs 
       (kColumns ? out.own : out.diagonal)[at + row[half]] = own;
     }
     if (!kColumns) {
-      const float states = warp_sum(end), gaps = warp_sum(by_gap);
-      const int64_t part = ((heads.m * in.H + h) * slices + slice) * kWarps<T> + warp_of();
-      if (lane_of() == 0) out.ends[part] = states, out.gaps[part] = gaps;
+      const float gaps = warp_sum(by_gap);
+      if (lane_of() == 0 && slice == 0) out.gaps[(heads.m * in.H + h) * kWarps<T> + warp_of()] = gaps;
     }
   }
   if (16 * warp_of() >= length) return;
@@ -515,7 +529,7 @@ __global__ void __launch_bounds__(kThreads<T>, 1) gradient_bc_kernel(ScanInputs 
 #pragma unroll
     for (int e = 0; e < 4; e += 2) {
       const int c = 8 * n + column_of(e);
-      if (row[e / 2] < length && c < num_s) store_pair<kWide>(to + row[e / 2] * (inner + 2 * in.G * in.S) + c, total[n][e], total[n][e + 1], c + 1 < num_s);
+      if (row[e / 2] < length && c < num_s) store_pair(in.wide, to + row[e / 2] * (inner + 2 * in.G * in.S) + c, total[n][e], total[n][e + 1], c + 1 < num_s);
     }
 }
 
@@ -531,7 +545,9 @@ __global__ void __launch_bounds__(kStepWarps* kWarp) gradient_steps_kernel(ScanI
   const ScanChunk chunk = in.chunks[m];
   const float A = -expf(in.A_log[h]);
   float through = 0, gaps = 0, of_bias = 0, of_A = 0, of_D = 0;
-  for (int i = 0; i < end_parts; ++i) through += sums.ends[index * end_parts + i], gaps += sums.gaps[index * end_parts + i];
+  for (int i = lane_of(); i < end_parts; i += kWarp) through += sums.ends[index * end_parts + i];
+  for (int i = lane_of(); i < Q / 16; i += kWarp) gaps += sums.gaps[index * (Q / 16) + i];
+  through = warp_sum(through), gaps = warp_sum(gaps);
   float before = through * exp2f(in.decay[index * Q + Q - 1]);
   float d[kParts], u[kParts], decay[kParts];  // of the tokens lane, lane + 32, ...
 #pragma unroll
@@ -583,7 +599,7 @@ __global__ void __launch_bounds__(kStepWarps* kWarp) gradient_steps_kernel(ScanI
 constexpr int kUpdateThreads = 128, kUpdateRows = 4;
 
 template <class T, bool kWide>
-__global__ void __launch_bounds__(kUpdateThreads) update_kernel(ScanInputs in, const int64_t* slots, float* state, float* y) {
+__global__ void __launch_bounds__(kUpdateThreads) update_kernel(ScanInputs in, const int64_t* slots, float* state, T* y) {
   constexpr int V = kWide ? 4 : 1;
   const int64_t i = static_cast<int64_t>(blockIdx.x) / in.H, h = static_cast<int64_t>(blockIdx.x) % in.H, g = h / (in.H / in.G);
   const int64_t slot = slots[2 * i], resumes = slots[2 * i + 1];
@@ -618,36 +634,24 @@ __global__ void __launch_bounds__(kUpdateThreads) update_kernel(ScanInputs in, c
 #pragma unroll
     for (int r = 0; r < kUpdateRows; ++r) {
       const float all = warp_sum(sum[r]);
-      if (lane_of() == r && p0 + r < in.P) y[(i * in.H + h) * in.P + p0 + r] = fmaf(in.D[h], to_float(x[p0 + r]), all);
+      if (lane_of() == r && p0 + r < in.P) y[(i * in.H + h) * in.P + p0 + r] = from_float<T>(fmaf(in.D[h], to_float(x[p0 + r]), all));
     }
   }
 }
 
 // --- launches ----------------------------------------------------------------------------------------------------------------------
 bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
-bool wide(const ScanInputs& in, std::initializer_list<const void*> others) {
-  const int64_t V = in.type == Type::kFloat ? 4 : 8;
-  bool all = in.P % V == 0 && in.S % V == 0 && in.xbc_stride % V == 0 && aligned(in.xbc);
-  for (const void* p : others) all = all && aligned(p);
-  return all;
-}
 
-template <bool kValue>
-using Flag = std::bool_constant<kValue>;
 template <int kValue>
 using Width = std::integral_constant<int, kValue>;
-// task(type, width of a tile of S, whether accesses are wide)
+// task(type, width of a tile of S)
 template <class Task>
-Status by_shape(const ScanInputs& in, bool vectors, Task task) {
-  const auto with = [&](auto type) -> Status {
-    if (in.S <= 64) return vectors ? task(type, Width<64>{}, Flag<true>{}) : task(type, Width<64>{}, Flag<false>{});
-    return vectors ? task(type, Width<128>{}, Flag<true>{}) : task(type, Width<128>{}, Flag<false>{});
-  };
-  return in.type == Type::kFloat ? with(float{}) : with(bf16{});
+Status by_shape(const ScanInputs& in, Task task) {
+  if (in.type == Type::kFloat) return task(float{}, Width<64>{});
+  return in.S <= 64 ? task(bf16{}, Width<64>{}) : task(bf16{}, Width<128>{});
 }
-int tile_of_S(int64_t S) { return S <= 64 ? 64 : 128; }
 
-constexpr int64_t kEnoughBlocks = 2 * 2 * 132;  // twice what the device holds at once
+constexpr int64_t kEnoughBlocks = 2 * 132;  // what the device holds at once
 // Parts that the heads of a group are cut into, so that there are enough blocks.
 int splits_of(const ScanInputs& in) {
   return static_cast<int>(std::clamp<int64_t>(ceil_div(kEnoughBlocks, in.num_chunks * in.G), 1, in.H / in.G));
@@ -656,40 +660,48 @@ dim3 blocks(int64_t n) { return dim3(static_cast<unsigned>(n)); }
 
 template <bool kGradient>
 Status add_states(const ScanInputs& in, const void* dy, void* states, Stream stream) {
-  return by_shape(in, wide(in, {dy, states}), [&](auto type, auto width, auto vectors) {
+  return by_shape(in, [&](auto type, auto width) {
     using T = decltype(type);
     constexpr int ST = decltype(width)::value;
     const int splits = splits_of(in);
     const dim3 grid(static_cast<unsigned>(in.num_chunks * in.G * splits), static_cast<unsigned>(ceil_div(in.P, kP) * ceil_div(in.S, ST)));
-    return launch((states_kernel<T, ST, decltype(vectors)::value, kGradient>), grid, dim3(kThreads<T>), sizeof(StatesMemory<T, ST>), stream, in,
-                  static_cast<const T*>(dy), static_cast<T*>(states), splits);
+    return launch((states_kernel<T, ST, kGradient>), grid, dim3(kThreads<T>), sizeof(StatesMemory<T, ST>), stream, in, static_cast<const T*>(dy),
+                  static_cast<T*>(states), splits);
   });
 }
 template <bool kGradient>
-Status pass(const ScanInputs& in, void* states, float* state, Stream stream) {
-  return by_shape(in, wide(in, {states, state}), [&](auto type, auto, auto vectors) {
+Status pass(const ScanInputs& in, void* states, float* state, const void* entering, float* ends, Stream stream) {
+  return by_shape(in, [&](auto type, auto) {
     using T = decltype(type);
-    constexpr int V = decltype(vectors)::value ? 16 / static_cast<int>(sizeof(T)) : 1;
-    return launch((pass_kernel<T, decltype(vectors)::value, kGradient>), blocks(in.num_spans * in.H * ceil_div(in.P * in.S, int64_t{V} * kPassThreads)),
-                  dim3(kPassThreads), 0, stream, in, static_cast<T*>(states), state);
+    const int64_t vector = in.wide ? 16 / static_cast<int>(sizeof(T)) : 1;
+    const auto run = [&](auto kernel) {
+      return launch(kernel, blocks(in.num_spans * in.H * ceil_div(in.P * in.S, vector * kPassThreads)), dim3(kPassThreads), 0, stream, in, static_cast<T*>(states),
+                    state, static_cast<const T*>(entering), ends);
+    };
+    return in.wide ? run(pass_kernel<T, true, kGradient>) : run(pass_kernel<T, false, kGradient>);
   });
 }
 template <bool kGradient>
 Status outputs(const ScanInputs& in, const void* dy, const void* states, void* out, int64_t out_stride, Stream stream) {
-  return by_shape(in, wide(in, {dy, states, out}), [&](auto type, auto width, auto vectors) {
+  return by_shape(in, [&](auto type, auto width) {
     using T = decltype(type);
     constexpr int ST = decltype(width)::value;
     const int splits = splits_of(in);
-    return launch((outputs_kernel<T, ST, decltype(vectors)::value, kGradient>), blocks(in.num_chunks * in.G * splits), dim3(kThreads<T>), sizeof(OutputsMemory<T, ST>),
-                  stream, in, static_cast<const T*>(dy), static_cast<const T*>(states), out, out_stride, splits);
+    return launch((outputs_kernel<T, ST, kGradient>), blocks(in.num_chunks * in.G * splits), dim3(kThreads<T>), sizeof(OutputsMemory<T, ST>), stream, in,
+                  static_cast<const T*>(dy), static_cast<const T*>(states), static_cast<T*>(out), out_stride, splits);
   });
 }
 
 }  // namespace
 
 int64_t scan_chunk(Type type) { return type == Type::kFloat ? kQ<float> : kQ<bf16>; }
-int64_t scan_slices(int64_t S) { return ceil_div(S, tile_of_S(S)); }
-int64_t scan_end_parts(Type type, int64_t S) { return scan_slices(S) * (type == Type::kFloat ? kWarps<float> : kWarps<bf16>); }
+int64_t scan_slices(Type type, int64_t S) { return ceil_div(S, type == Type::kFloat || S <= 64 ? 64 : 128); }
+int64_t scan_gap_parts(Type type) { return scan_chunk(type) / 16; }
+int64_t scan_end_parts(const ScanInputs& in) { return ceil_div(in.P * in.S, (in.wide ? in.type == Type::kFloat ? 4 : 8 : 1) * kWarp); }
+bool scan_wide(const ScanInputs& in, const void* other) {
+  const int64_t V = in.type == Type::kFloat ? 4 : 8;
+  return in.P % V == 0 && in.S % V == 0 && in.xbc_stride % V == 0 && aligned(in.xbc) && aligned(other);
+}
 
 Status scan_steps(const ScanInputs& in, Stream stream) {
   const dim3 grid = blocks(ceil_div(in.num_chunks * in.H, kStepWarps)), block(kStepWarps * kWarp);
@@ -698,42 +710,43 @@ Status scan_steps(const ScanInputs& in, Stream stream) {
 }
 
 Status scan_states(const ScanInputs& in, void* states, Stream stream) { return add_states<false>(in, nullptr, states, stream); }
-Status scan_pass(const ScanInputs& in, void* states, float* state, Stream stream) { return pass<false>(in, states, state, stream); }
-Status scan_outputs(const ScanInputs& in, const void* entering, float* y, Stream stream) { return outputs<false>(in, nullptr, entering, y, in.H * in.P, stream); }
+Status scan_pass(const ScanInputs& in, void* states, float* state, Stream stream) { return pass<false>(in, states, state, nullptr, nullptr, stream); }
+Status scan_outputs(const ScanInputs& in, const void* entering, void* y, Stream stream) { return outputs<false>(in, nullptr, entering, y, in.H * in.P, stream); }
 
-Status scan_gradient_states(const ScanInputs& in, const void* dy, void* leaving, Stream stream) {
+Status scan_gradient_states(const ScanInputs& in, const void* dy, const void* entering, void* leaving, const ScanSums& sums, Stream stream) {
   const Status bad = add_states<true>(in, dy, leaving, stream);
-  return bad ? bad : pass<true>(in, leaving, nullptr, stream);
+  return bad ? bad : pass<true>(in, leaving, nullptr, entering, sums.ends, stream);
 }
 Status scan_gradient_x(const ScanInputs& in, const void* dy, const void* leaving, void* dxbc, Stream stream) {
   return outputs<true>(in, dy, leaving, dxbc, in.H * in.P + 2 * in.G * in.S, stream);
 }
 Status scan_gradient_bc(const ScanInputs& in, const void* dy, const void* entering, const void* leaving, void* dxbc, const ScanSums& sums, Stream stream) {
-  return by_shape(in, wide(in, {dy, entering, leaving, dxbc}), [&](auto type, auto width, auto vectors) {
+  return by_shape(in, [&](auto type, auto width) {
     using T = decltype(type);
     constexpr int ST = decltype(width)::value;
-    constexpr bool kWide = decltype(vectors)::value;
     const dim3 grid = blocks(in.num_chunks * in.G * ceil_div(in.S, ST));
-    const auto run = [&](auto kernel) {
-      return launch(kernel, grid, dim3(kThreads<T>), sizeof(GradientMemory<T, ST>), stream, in, static_cast<const T*>(dy), static_cast<const T*>(entering),
-                    static_cast<const T*>(leaving), static_cast<T*>(dxbc), sums);
+    const auto run = [&](auto kernel, const void* states) {
+      return launch(kernel, grid, dim3(kThreads<T>), sizeof(GradientMemory<T, ST>), stream, in, static_cast<const T*>(dy), static_cast<const T*>(states),
+                    static_cast<T*>(dxbc), sums);
     };
-    const Status bad = run(gradient_bc_kernel<T, ST, kWide, false>);
-    return bad ? bad : run(gradient_bc_kernel<T, ST, kWide, true>);
+    const Status bad = run(gradient_bc_kernel<T, ST, false>, entering);
+    return bad ? bad : run(gradient_bc_kernel<T, ST, true>, leaving);
   });
 }
 Status scan_gradient_steps(const ScanInputs& in, const ScanSums& sums, void* ddt, float* partials, Stream stream) {
   const dim3 grid = blocks(ceil_div(in.num_chunks * in.H, kStepWarps)), block(kStepWarps * kWarp);
-  const int slices = static_cast<int>(scan_slices(in.S)), parts = static_cast<int>(scan_end_parts(in.type, in.S));
+  const int slices = static_cast<int>(scan_slices(in.type, in.S)), parts = static_cast<int>(scan_end_parts(in));
   if (in.type == Type::kFloat) return launch(gradient_steps_kernel<kQ<float>>, grid, block, 0, stream, in, sums, slices, parts, ddt, partials);
   return launch(gradient_steps_kernel<kQ<bf16>>, grid, block, 0, stream, in, sums, slices, parts, ddt, partials);
 }
 
-Status scan_step(const ScanInputs& in, const int64_t* slots, float* state, float* y, Stream stream) {
+Status scan_step(const ScanInputs& in, const int64_t* slots, float* state, void* y, Stream stream) {
   const bool vectors = in.S % 4 == 0 && aligned(state);
-  const auto run = [&](auto kernel) { return launch(kernel, blocks(in.num_spans * in.H), dim3(kUpdateThreads), 0, stream, in, slots, state, y); };
-  if (in.type == Type::kFloat) return vectors ? run(update_kernel<float, true>) : run(update_kernel<float, false>);
-  return vectors ? run(update_kernel<bf16, true>) : run(update_kernel<bf16, false>);
+  return by_shape(in, [&](auto type, auto) {
+    using T = decltype(type);
+    const auto run = [&](auto kernel) { return launch(kernel, blocks(in.num_spans * in.H), dim3(kUpdateThreads), 0, stream, in, slots, state, static_cast<T*>(y)); };
+    return vectors ? run(update_kernel<T, true>) : run(update_kernel<T, false>);
+  });
 }
 
 }  // namespace tessera::gpu
