@@ -1,6 +1,7 @@
 // Every operator beside its plain composition: op/<operator>/<sizes>/<dtype>/<pass>/<fast|reference>.
 // TESSERA_BENCH_DEVICE=cuda runs them there, timed by events with a cold cache.
 #include <ATen/TensorOperators.h>
+#include <ATen/ops/_grouped_mm.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/linear.h>
@@ -18,7 +19,7 @@
 #include "layers/attention.hpp"
 #include "layers/conv.hpp"
 #include "layers/cross_entropy.hpp"
-#include "layers/experts.hpp"
+#include "layers/expert_mlp.hpp"
 #include "layers/linear.hpp"
 #include "layers/matmul.hpp"
 #include "layers/norm.hpp"
@@ -132,14 +133,19 @@ void attentions() {
       return Case{[=] { return reference ? attention_ref(q, k, v, spans, scale, z.window) : attention(q, k, v, spans, scale, z.window); }, {q, k, v}, double(N),
                   4.0 * z.heads * z.dim * pairs, width(dtype) * 2.0 * N * z.dim * (z.heads + z.kv_heads)};
     });
-  for (const auto& [batch, context] : {std::pair<int64_t, int64_t>{1, 64}, {1, 1024}, {1, 16384}, {16, 1024}})
-    add(fmt::format("attention_cache/batch_{}/context_{}/H8xK2xP64", batch, context), false, true, [=](ScalarType dtype, bool reference) {
+  struct Steps {
+    int64_t batch, context, heads, dim;
+  };
+  std::vector<Steps> steps{{1, 64, 8, 64}, {1, 1024, 8, 64}, {1, 16384, 8, 64}, {16, 1024, 8, 64}};
+  if (bench_device().is_cuda()) steps.insert(steps.end(), {{1, 16384, 32, 128}, {64, 2048, 32, 128}});
+  for (const auto& [batch, context, H, P] : steps)
+    add(fmt::format("attention_cache/batch_{}/context_{}/H{}xK2xP{}", batch, context, H, P), false, true, [=](ScalarType dtype, bool reference) {
       std::vector<Span> list;
       for (int64_t s = 0; s < batch; ++s) list.push_back({s, context - 1, 1, context, s});
       const Spans spans(list);
-      const at::Tensor q = at::randn({batch, 8, 64}, on(dtype)), k = at::randn({batch, 2, 64}, on(dtype)), ck = at::randn({batch, context, 2, 64}, on(dtype)), cv = ck.clone();
+      const at::Tensor q = at::randn({batch, H, P}, on(dtype)), k = at::randn({batch, 2, P}, on(dtype)), ck = at::randn({batch, context, 2, P}, on(dtype)), cv = ck.clone();
       return Case{[=] { return reference ? attention_ref(q, k, k, spans, 0.125, 0, ck, cv) : attention(q, k, k, spans, 0.125, 0, ck, cv); }, {}, double(batch),
-                  4.0 * 8 * 64 * context * batch, width(dtype) * 2.0 * ck.numel()};
+                  4.0 * H * P * context * batch, width(dtype) * 2.0 * ck.numel()};
     });
 }
 
@@ -149,8 +155,11 @@ void products() {
       const at::Tensor x = at::randn({N, D}, on(dtype)), w = at::randn({O, D}, on(dtype));
       return Case{[=] { return reference ? at::linear(x, w) : tessera::linear(x, w); }, {x, w}, double(N), 2.0 * N * D * O, width(dtype) * (N * D + D * O + N * O)};
     });
-  for (const auto& [N, E, k, D, F] : {std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t>{2048, 16, 4, 256, 256}, {2048, 64, 6, 512, 512}, {1, 16, 4, 256, 256}, {16, 16, 4, 256, 256}})
-    add(fmt::format("grouped_linear/{}/E{}xk{}/{}x{}", N, E, k, D, F), true, true, [=](ScalarType dtype, bool reference) {
+  std::vector<std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t>> sizes{{2048, 16, 4, 256, 256}, {2048, 64, 6, 512, 512}, {1, 16, 4, 256, 256}, {16, 16, 4, 256, 256}};
+  if (bench_device().is_cuda()) sizes.insert(sizes.end(), {{8192, 128, 6, 2688, 1856}, {32768, 128, 6, 2688, 1856}});
+  for (const auto& [N, E, k, D, F] : sizes) {
+    const auto name = fmt::format("{}/E{}xk{}/{}x{}", N, E, k, D, F);
+    add("grouped_linear/" + name, true, true, [=](ScalarType dtype, bool reference) {
       const Dispatch d = dispatch(choose_experts(at::rand({N, E}, on()), {}, k), E);
       const at::Tensor x = at::randn({N * k, D}, on(dtype)), w = at::randn({E, F, D}, on(dtype));
       const auto plain = [=] {
@@ -164,6 +173,21 @@ void products() {
       };
       return Case{[=] { return reference ? plain() : grouped_linear(x, w, d.counts_e); }, {x, w}, double(N), 2.0 * N * k * D * F, width(dtype) * (N * k * (D + F) + E * D * F)};
     });
+    // The whole mixture, dispatch and weights included; on a GPU its reference is libtorch's grouped product among the compositions of the rest.
+    add("expert_mlp/" + name, true, true, [=](ScalarType dtype, bool reference) {
+      const at::Tensor chosen = choose_experts(at::rand({N, E}, on()), {}, k), weights = at::rand({N, k}, on());
+      const at::Tensor x = at::randn({N, D}, on(dtype)), up = at::randn({E, F, D}, on(dtype)), down = at::randn({E, D, F}, on(dtype));
+      const auto plain = [=] {
+        const Dispatch d = dispatch_ref(chosen, E);
+        if (!x.is_cuda() || dtype != at::kBFloat16) return expert_mlp_ref(x, weights, up, down, d);
+        const at::Tensor ends = d.counts_e.cumsum(0).to(at::kInt);
+        const at::Tensor h = relu2_ref(at::_grouped_mm(permute_tokens_ref(x, d), up.transpose(1, 2), ends));
+        return combine_tokens_ref(at::_grouped_mm(h, down.transpose(1, 2), ends), weights, d);
+      };
+      return Case{[=] { return reference ? plain() : expert_mlp(x, weights, up, down, dispatch(chosen, E)); }, {x, up, down}, double(N), 4.0 * N * k * D * F,
+                  width(dtype) * (2 * N * D + 2 * E * D * F)};
+    });
+  }
 }
 
 void experts() {
