@@ -83,6 +83,18 @@ __device__ inline float exp_for(float v) {
   if constexpr (sizeof(T) == 4) return expf(v);
   else return __expf(v);
 }
+// 2^v; T = bf16: results below the normal numbers are zero.
+template <class T>
+__device__ inline float exp2_for(float v) {
+#ifndef TESSERA_SIMT
+  if constexpr (sizeof(T) == 2) {
+    float out;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(out) : "f"(v));
+    return out;
+  }
+#endif
+  return exp2f(v);
+}
 template <class T>
 __device__ inline float sigmoid_for(float v) {
   if constexpr (sizeof(T) == 4) return 1.0f / (1.0f + expf(-v));

@@ -9,14 +9,14 @@ namespace tessera::gpu {
 template <class T, int N>
 struct Fragment;
 template <int N>
-struct Fragment<bf16, N> {
+struct alignas(4 * N) Fragment<bf16, N> {
   uint32_t r[N];
   __device__ void set(int i, float low, float high) { r[i] = pack_bf16(low, high); }
   __device__ float low(int i) const { return low_half(r[i]); }
   __device__ float high(int i) const { return high_half(r[i]); }
 };
 template <int N>
-struct Fragment<float, N> {
+struct alignas(16) Fragment<float, N> {
   float r[2 * N];
   __device__ void set(int i, float low, float high) { r[2 * i] = low, r[2 * i + 1] = high; }
   __device__ float low(int i) const { return r[2 * i]; }

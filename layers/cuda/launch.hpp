@@ -5,6 +5,17 @@
 
 namespace tessera::gpu {
 
+// Bytes of shared memory that a block of the current device may have.
+inline size_t most_shared_memory() {
+#ifdef TESSERA_SIMT
+  return simt::most_shared_memory();
+#else
+  int device = 0, bytes = 0;
+  if (cudaGetDevice(&device) != cudaSuccess || cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) != cudaSuccess) return 48 * 1024;
+  return static_cast<size_t>(bytes);
+#endif
+}
+
 #ifdef TESSERA_SIMT
 template <class... P, class... A>
 Status launch_as(const char* text, void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, Stream, A... args) {

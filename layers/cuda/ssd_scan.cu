@@ -317,7 +317,7 @@ __global__ void __launch_bounds__(kThreads<T>, 2) outputs_kernel(ScanInputs in, 
     const float lam[2] = {memory.decay[row[0]], memory.decay[row[1]]};
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const float through = exp2f(kGradient ? memory.decay[Q - 1] - lam[half] : lam[half]);
+      const float through = exp2_for<T>(kGradient ? memory.decay[Q - 1] - lam[half] : lam[half]);
 #pragma unroll
       for (int n = 0; n < kP / 8; ++n) sums[n][2 * half] *= through, sums[n][2 * half + 1] *= through;
     }
@@ -329,13 +329,11 @@ __global__ void __launch_bounds__(kThreads<T>, 2) outputs_kernel(ScanInputs in, 
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int other = 16 * tile + column_of(0) + 8 * (i / 2), r = row[i % 2];
-        float c[2];
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          const float gap = kGradient ? memory.decay[other + e] - lam[i % 2] : lam[i % 2] - memory.decay[other + e];
-          c[e] = meets_token<kGradient>(r, other + e) ? exp2f(gap) * (kGradient ? 1.0f : memory.step[other + e]) : 0.0f;
-        }
-        a.set(i, kept.low(i) * c[0], kept.high(i) * c[1]);
+        const float2 decay = load_vector<float2>(memory.decay + other), step = load_vector<float2>(memory.step + other);
+        const auto weight = [&](int token, float at, float d) {
+          return meets_token<kGradient>(r, token) ? exp2_for<T>(kGradient ? at - lam[i % 2] : lam[i % 2] - at) * (kGradient ? 1.0f : d) : 0.0f;
+        };
+        a.set(i, kept.low(i) * weight(other, decay.x, step.x), kept.high(i) * weight(other + 1, decay.y, step.y));
       }
 #pragma unroll
       for (int n = 0; n < kP / 8; n += 2) {
@@ -453,10 +451,11 @@ __global__ void __launch_bounds__(kThreads<T>, 1) gradient_bc_kernel(ScanInputs 
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           const int other = 16 * tile + column_of(0) + 8 * (i / 2), half = i % 2;
+          const float2 decays = load_vector<float2>(stage.decay + other), steps = load_vector<float2>(stage.step + other);
 #pragma unroll
           for (int e = 0; e < 2; ++e) {
-            const float gap = kColumns ? stage.decay[other + e] - lam[half] : lam[half] - stage.decay[other + e];
-            const float weight = meets_token<kColumns>(row[half], other + e) ? exp2f(gap) * (kColumns ? 1.0f : stage.step[other + e]) : 0.0f;
+            const float decay = e ? decays.y : decays.x, gap = kColumns ? decay - lam[half] : lam[half] - decay;
+            const float weight = meets_token<kColumns>(row[half], other + e) ? exp2_for<T>(gap) * (kColumns ? 1.0f : e ? steps.y : steps.x) : 0.0f;
             const float gradient = dm[i / 2][2 * half + e], part = gradient * weight, product = e ? kept.high(i) : kept.low(i);
             mixed[2 * tile + i / 2][2 * half + e] += part * step[half];
             if (row[half] == other + e) diagonal[half] = fmaf(gradient, kColumns ? product : 1.0f, diagonal[half]);
@@ -466,7 +465,7 @@ __global__ void __launch_bounds__(kThreads<T>, 1) gradient_bc_kernel(ScanInputs 
       }
       float through[2];
 #pragma unroll
-      for (int half = 0; half < 2; ++half) through[half] = exp2f(kColumns ? stage.decay[Q - 1] - lam[half] : lam[half]);
+      for (int half = 0; half < 2; ++half) through[half] = exp2_for<T>(kColumns ? stage.decay[Q - 1] - lam[half] : lam[half]);
 #pragma unroll
       for (int n = 0; n < ST / 8; n += 2) {
         if (8 * n >= num_s) break;
@@ -642,13 +641,18 @@ __global__ void __launch_bounds__(kUpdateThreads) update_kernel(ScanInputs in, c
 // --- launches ----------------------------------------------------------------------------------------------------------------------
 bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
+// Columns of a tile of S: 128 for bf16 where the device's blocks have the shared memory for it.
+int tile_of_S(Type type, int64_t S) {
+  return type == Type::kFloat || S <= 64 || sizeof(GradientMemory<bf16, 128>) > most_shared_memory() ? 64 : 128;
+}
+
 template <int kValue>
 using Width = std::integral_constant<int, kValue>;
 // task(type, width of a tile of S)
 template <class Task>
 Status by_shape(const ScanInputs& in, Task task) {
   if (in.type == Type::kFloat) return task(float{}, Width<64>{});
-  return in.S <= 64 ? task(bf16{}, Width<64>{}) : task(bf16{}, Width<128>{});
+  return tile_of_S(in.type, in.S) == 64 ? task(bf16{}, Width<64>{}) : task(bf16{}, Width<128>{});
 }
 
 constexpr int64_t kEnoughBlocks = 2 * 132;  // what the device holds at once
@@ -695,7 +699,7 @@ Status outputs(const ScanInputs& in, const void* dy, const void* states, void* o
 }  // namespace
 
 int64_t scan_chunk(Type type) { return type == Type::kFloat ? kQ<float> : kQ<bf16>; }
-int64_t scan_slices(Type type, int64_t S) { return ceil_div(S, type == Type::kFloat || S <= 64 ? 64 : 128); }
+int64_t scan_slices(Type type, int64_t S) { return ceil_div(S, tile_of_S(type, S)); }
 int64_t scan_gap_parts(Type type) { return scan_chunk(type) / 16; }
 int64_t scan_end_parts(const ScanInputs& in) { return ceil_div(in.P * in.S, (in.wide ? in.type == Type::kFloat ? 4 : 8 : 1) * kWarp); }
 bool scan_wide(const ScanInputs& in, const void* other) {

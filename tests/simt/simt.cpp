@@ -273,7 +273,7 @@ const char* run(const char* text, dim3 grid, dim3 block, size_t shared_bytes, co
     return m.error.c_str();
   };
   if (threads < 32 || threads > 1024 || threads % 32 != 0) return refuse("a block must be 1 to 32 whole warps, got " + std::to_string(threads) + " threads");
-  if (shared_bytes > kMostShared) return refuse("a block has at most " + std::to_string(kMostShared) + " bytes of shared memory, got " + std::to_string(shared_bytes));
+  if (shared_bytes > most_shared_memory()) return refuse("a block has at most " + std::to_string(most_shared_memory()) + " bytes of shared memory, got " + std::to_string(shared_bytes));
   if (grid.y > 65535 || grid.z > 65535 || grid.x > 2147483647u) return refuse("a grid is at most 2147483647 x 65535 x 65535");
   watch_faults();
   m.kernel = &kernel;
@@ -299,6 +299,11 @@ const char* run(const char* text, dim3 grid, dim3 block, size_t shared_bytes, co
   m.fibers.clear();  // some stand in the middle of the kernel
   m.stacks.clear();
   return refuse(std::string(m.error));
+}
+
+size_t most_shared_memory() {
+  static const char* const word = std::getenv("TESSERA_SIMT_SHARED_KB");
+  return word ? std::min<size_t>(kMostShared, static_cast<size_t>(std::atoi(word)) * 1024) : kMostShared;
 }
 
 const Place& here() { return machine().running->place; }

@@ -50,6 +50,9 @@ namespace simt {
 // Runs the kernel for every thread; nullptr, or what went wrong, valid until this thread's next run. `text` begins with the kernel's name.
 SIMT_API const char* run(const char* text, dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& kernel);
 
+// What a block may have: an H100's 227 KB, or as many as TESSERA_SIMT_SHARED_KB says.
+SIMT_API size_t most_shared_memory();
+
 struct Place {
   uint3 thread, block;
   dim3 block_dim, grid_dim;
