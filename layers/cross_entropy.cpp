@@ -17,6 +17,7 @@
 #include <cmath>
 #include <limits>
 
+#include "layers/gpu.hpp"
 #include "layers/vector_math.hpp"
 #include "layers/matmul.hpp"
 #include "tessera/error.hpp"
@@ -138,13 +139,27 @@ void softmax_plain(at::Tensor& logits_cv, const at::Tensor& targets_c, const at:
   logits_cv.copy_(at::where(valid_c1, p_cv, zero));
 }
 
+// By the GPU's kernels.
+void softmax_on_gpu(at::Tensor& logits_cv, const at::Tensor& targets_c, const at::Tensor& loss_c, bool want_grad, const Group* group, int64_t first) {
+  if (!group) return gpu_kernels()->softmax_rows(logits_cv, targets_c, loss_c, want_grad);
+  const auto [own_c, sums_2c] = gpu_kernels()->softmax_sums(logits_cv, targets_c, first);
+  const auto top_c = own_c.clone();
+  group->all_reduce(top_c, Reduce::kMax);
+  sums_2c[0].mul_((own_c - top_c).exp_());
+  group->all_reduce(sums_2c);
+  const auto lse_c = sums_2c[0].log().add_(top_c);
+  loss_c.copy_(at::where(targets_c.ge(0), lse_c - sums_2c[1], at::zeros({}, loss_c.options())));
+  if (want_grad) gpu_kernels()->softmax_gradient(logits_cv, targets_c, first, lse_c);
+}
+
 // Losses of a chunk into loss_c; the logits become their gradient where it is wanted.
 void softmax_chunk(at::Tensor& logits_cv, const at::Tensor& targets_c, const at::Tensor& loss_c, bool want_grad, const Group* group, int64_t first) {
   const auto rows = [&]<class T>(T) {
     if (group) softmax_rows<T>(logits_cv, targets_c, loss_c, want_grad, *group, first);
     else softmax_rows<T>(logits_cv, targets_c, loss_c, want_grad);
   };
-  if (logits_cv.is_cpu() && logits_cv.scalar_type() == at::kFloat) rows(float{});
+  if (on_gpu(logits_cv)) softmax_on_gpu(logits_cv, targets_c, loss_c, want_grad, group, first);
+  else if (logits_cv.is_cpu() && logits_cv.scalar_type() == at::kFloat) rows(float{});
   else if (logits_cv.is_cpu() && logits_cv.scalar_type() == at::kBFloat16) rows(c10::BFloat16{});
   else softmax_plain(logits_cv, targets_c, loss_c, want_grad, group, first);
 }
@@ -190,7 +205,7 @@ struct LinearCrossEntropy : torch::autograd::Function<LinearCrossEntropy> {
     const auto* group = reinterpret_cast<const Group*>(group_address);
     // Rows without a target cost no product. A device is not asked how many there are: it would have to be waited for.
     const auto valid_n = targets_n.ge(0);
-    const bool select = h_nd.is_cpu() && !valid_n.all().item<bool>();
+    const bool select = h_nd.is_cpu() && !on_gpu(h_nd) && !valid_n.all().item<bool>();
     const auto rows_m = select ? at::nonzero(valid_n).squeeze(1) : at::Tensor();
     auto result = select ? run(h_nd.index_select(0, rows_m), w_vd, targets_n.index_select(0, rows_m), group, chunk, want_dh, want_dw)
                          : run(h_nd, w_vd, targets_n, group, chunk, want_dh, want_dw);
@@ -257,11 +272,12 @@ at::Tensor top_word_is(const at::Tensor& h_nd, const at::Tensor& lm_head_vd, con
   if (chunk_tokens <= 0) chunk_tokens = std::max<int64_t>(1, kLogitBytes / (V * static_cast<int64_t>(sizeof(float))));
   for (int64_t row = 0; row < rows_m.size(0); row += chunk_tokens) {
     const auto n = std::min(chunk_tokens, rows_m.size(0) - row);
-    const auto logits_cv = product(h_md.narrow(0, row, n), lm_head_vd.t()).to(at::kFloat), index_c1 = local_m1.narrow(0, row, n);
+    const auto logits_cv = product(h_md.narrow(0, row, n), lm_head_vd.t()), index_c1 = local_m1.narrow(0, row, n);
     const auto held_c1 = index_c1.ge(0).logical_and(index_c1.lt(V));
-    const auto picked_c1 = at::where(held_c1, logits_cv.gather(1, index_c1.clamp(0, V - 1)), at::zeros({}, logits_cv.options()));
+    const auto picked_c1 = at::where(held_c1, logits_cv.gather(1, index_c1.clamp(0, V - 1)).to(at::kFloat), at::zeros({}, hits_m.options().dtype(at::kFloat)));
     if (tensor) tensor->all_reduce(picked_c1);
-    const auto as_great_c = logits_cv.ge(picked_c1).sum({1}).to(at::kFloat);  // the target itself among them
+    const auto as_great_c = on_gpu(logits_cv) ? gpu_kernels()->count_as_great(logits_cv.contiguous(), picked_c1.squeeze(1).contiguous())
+                                              : logits_cv.to(at::kFloat).ge(picked_c1).sum({1}).to(at::kFloat);  // the target itself among them
     if (tensor) tensor->all_reduce(as_great_c);
     hits_m.narrow(0, row, n).copy_(as_great_c.eq(1));
   }

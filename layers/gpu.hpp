@@ -13,6 +13,14 @@ namespace tessera {
 struct SsdSizes;
 struct Dispatch;
 
+// Step number t, from 1; max_norm 0: gradients as they are. See core/train/optimizer.hpp.
+struct AdamWStep {
+  double lr, beta1, beta2, eps, weight_decay, max_norm;
+  int64_t t;
+};
+
+inline constexpr int64_t kMostRoutedExperts = 8192;  // a token's scores must fit into shared memory
+
 // Arguments are those of the operator of the same name after its checks; gradients come in the dtype of what they belong to.
 // `rows`: the first row of every span, and N. What returns several tensors leaves undefined those that belong to undefined inputs.
 struct GpuKernels {
@@ -35,6 +43,12 @@ struct GpuKernels {
   // Of the tokens' streams of numbers under `key`: fp32 [N, width], and x with some of its elements 0. token_n int64 [N].
   at::Tensor (*uniform)(uint64_t key, const at::Tensor& token_n, int64_t width, int64_t first) = nullptr;
   at::Tensor (*dropout)(const at::Tensor& x_nw, uint64_t key, const at::Tensor& token_n, int64_t first, double p) = nullptr;
+
+  // The router: fp32 scores and logits, of at most kMostRoutedExperts.
+  at::Tensor (*choose_experts)(const at::Tensor& scores_ne, bool of_logits, const at::Tensor& bias_e, int64_t k, int64_t num_groups, int64_t topk_group) = nullptr;
+  at::Tensor (*expert_counts)(const at::Tensor& indices_nk, const at::Tensor& valid_n, int64_t num_experts) = nullptr;  // valid_n: bool
+  at::Tensor (*routed_weights)(const at::Tensor& logits_ne, const at::Tensor& indices_nk, bool normed, double scaling) = nullptr;
+  at::Tensor (*routed_weights_backward)(const at::Tensor& logits_ne, const at::Tensor& indices_nk, bool normed, double scaling, const at::Tensor& dweights_nk) = nullptr;
 
   // ssd_scan. bf16 inputs: operands of products are rounded to bf16 (decayed C B^T, weighted x, states between chunks), sums are fp32; y is bf16.
   at::Tensor (*scan_forward)(const at::Tensor& xbc_nc, const at::Tensor& dt_nh, const at::Tensor& dt_bias_h, const at::Tensor& A_log_h, const at::Tensor& D_h,
@@ -63,6 +77,17 @@ struct GpuKernels {
   void (*attend_cache)(const at::Tensor& q_nhp, const Spans& spans, double scale, int64_t window, const at::Tensor& k_cache_slkp, const at::Tensor& v_cache_slkp,
                        const at::Tensor& out_nhp) = nullptr;
   void (*write_cache)(const at::Tensor& k_nkp, const at::Tensor& v_nkp, const Spans& spans, const at::Tensor& k_cache_slkp, const at::Tensor& v_cache_slkp) = nullptr;
+
+  // A chunk of logits, contiguous [c, V], which become their gradient; see layers/cross_entropy.hpp. Over ranks: the greatest logit [c], and [2, c] of sum
+  // exp(logit - greatest) and the target's logit; then the gradient from the log-sum-exp of all. How many logits are as great as picked_c, fp32 [c].
+  void (*softmax_rows)(const at::Tensor& logits_cv, const at::Tensor& targets_c, const at::Tensor& loss_c, bool want_gradient) = nullptr;
+  std::array<at::Tensor, 2> (*softmax_sums)(const at::Tensor& logits_cv, const at::Tensor& targets_c, int64_t first) = nullptr;
+  void (*softmax_gradient)(const at::Tensor& logits_cv, const at::Tensor& targets_c, int64_t first, const at::Tensor& lse_c) = nullptr;
+  at::Tensor (*count_as_great)(const at::Tensor& logits_cv, const at::Tensor& picked_c) = nullptr;
+
+  // A step in place over flat fp32 buffers, and into their bf16 copy (undefined: none). norm: fp32 [] of the gradients; where it is not finite nothing changes.
+  void (*adamw)(const at::Tensor& data, const at::Tensor& grad, const at::Tensor& exp_avg, const at::Tensor& exp_avg_sq, const at::Tensor& compute, const at::Tensor& norm,
+                const AdamWStep& step) = nullptr;
 };
 
 // nullptr where no kernels are there. A library that has some gives its table when it is loaded; the last one given counts.

@@ -1,7 +1,6 @@
 #include "layers/moe_common.hpp"
 
 #include <ATen/TensorOperators.h>
-#include <ATen/ops/sigmoid.h>
 #include <fmt/format.h>
 
 #include <algorithm>
@@ -139,9 +138,9 @@ void moe_after_step(const MoeConfig& c, Buffers& buffers, const Counts& counts) 
 
 at::Tensor routed_experts(Context& ctx, const at::Tensor& router_input_nr, const at::Tensor& x_nw, const Weights& w, const MoeConfig& c) {
   const auto logits_ne = router_logits(ctx, router_input_nr, w["gate.weight"]);
-  const auto scores_ne = at::sigmoid(logits_ne);
+  const auto scores = router_scores(logits_ne);
   const auto indices_nk = ctx.once("experts", [&] {
-    const auto chosen_nk = choose_experts(scores_ne, w.buffer(kBias), c.top_k, c.num_groups, c.topk_group);  // a measurement times it also where it goes by even ones
+    const auto chosen_nk = choose_experts(scores, w.buffer(kBias), c.top_k, c.num_groups, c.topk_group);  // a measurement times it also where it goes by even ones
     return ctx.balanced_routing().defined() ? even_experts(ctx.balanced_routing(), c.top_k, c.num_experts) : chosen_nk;
   });
   if (ctx.training()) {
@@ -150,7 +149,7 @@ at::Tensor routed_experts(Context& ctx, const at::Tensor& router_input_nr, const
     if (c.z_loss_coeff > 0) ctx.add_loss("z", router_z_loss(logits_ne, ctx.valid_n()) * c.z_loss_coeff, Per::kToken);
     ctx.count(kLoad, expert_counts(indices_nk, ctx.valid_n(), c.num_experts));
   }
-  const auto weights_nk = expert_weights(scores_ne, indices_nk, c.norm_topk_prob, c.scaling);
+  const auto weights_nk = expert_weights(scores, indices_nk, c.norm_topk_prob, c.scaling);
   const Group* group = ctx.expert_group();
   if (!group) return expert_mlp(ctx, x_nw, weights_nk, w["experts.up_proj.weight"], w["experts.down_proj.weight"], dispatch(indices_nk, c.num_experts));
   // The etp ranks of an expert each give a summand, as experts of their own would that have the same weight.

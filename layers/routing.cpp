@@ -14,6 +14,7 @@
 #include <ATen/ops/zeros.h>
 #include <fmt/format.h>
 #include <fmt/ranges.h>
+#include <torch/csrc/autograd/custom_function.h>
 
 #include <algorithm>
 #include <cmath>
@@ -21,6 +22,7 @@
 #include <numeric>
 #include <unordered_map>
 
+#include "layers/gpu.hpp"
 #include "layers/linear.hpp"
 #include "tessera/error.hpp"
 
@@ -136,12 +138,29 @@ at::Tensor as_weights(const at::Tensor& valid_n, int64_t num_tokens, const at::T
   return valid_n.to(options);
 }
 
+bool kernels_take(const at::Tensor& scores_ne) {
+  return on_gpu(scores_ne) && scores_ne.scalar_type() == at::kFloat && scores_ne.size(1) <= kMostRoutedExperts;
+}
+
+struct RoutedWeights : torch::autograd::Function<RoutedWeights> {
+  static at::Tensor forward(torch::autograd::AutogradContext* ctx, const at::Tensor& logits_ne, const at::Tensor& indices_nk, bool normed, double scaling) {
+    ctx->save_for_backward({logits_ne, indices_nk});
+    ctx->saved_data["normed"] = normed, ctx->saved_data["scaling"] = scaling;
+    return gpu_kernels()->routed_weights(logits_ne, indices_nk, normed, scaling);
+  }
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx, torch::autograd::variable_list grads) {
+    const auto saved = ctx->get_saved_variables();
+    return {gpu_kernels()->routed_weights_backward(saved[0], saved[1], ctx->saved_data["normed"].toBool(), ctx->saved_data["scaling"].toDouble(), grads[0]), {}, {}, {}};
+  }
+};
+
 }  // namespace
 
 at::Tensor router_logits(Context& ctx, const at::Tensor& x_nd, const Weight& gate_ed) { return linear(ctx, x_nd, gate_ed); }
 
 at::Tensor choose_experts(const at::Tensor& scores_ne, const at::Tensor& bias_e, int64_t k, int64_t num_groups, int64_t topk_group) {
   check_choice(scores_ne, bias_e, k, num_groups, topk_group);
+  if (kernels_take(scores_ne)) return gpu_kernels()->choose_experts(scores_ne, /*of_logits=*/false, bias_e, k, num_groups, topk_group);
   if (!scores_ne.is_cpu()) return choose_experts_ref(scores_ne, bias_e, k, num_groups, topk_group);
   const auto scores = scores_ne.detach().contiguous();
   const auto bias = bias_e.defined() ? bias_e.detach().to(scores.scalar_type()).contiguous() : bias_e;
@@ -161,6 +180,19 @@ at::Tensor expert_weights(const at::Tensor& scores_ne, const at::Tensor& indices
   auto weights_nk = scores_ne.gather(1, indices_nk);
   if (norm_topk_prob) weights_nk = weights_nk / (weights_nk.sum(1, true) + kTiny);
   return weights_nk * scaling;
+}
+
+RouterScores router_scores(const at::Tensor& logits_ne) {
+  return {logits_ne, logits_ne.dim() == 2 && kernels_take(logits_ne) ? at::Tensor() : at::sigmoid(logits_ne)};
+}
+at::Tensor choose_experts(const RouterScores& scores, const at::Tensor& bias_e, int64_t k, int64_t num_groups, int64_t topk_group) {
+  if (scores.scores_ne.defined()) return choose_experts(scores.scores_ne, bias_e, k, num_groups, topk_group);
+  check_choice(scores.logits_ne, bias_e, k, num_groups, topk_group);
+  return gpu_kernels()->choose_experts(scores.logits_ne, /*of_logits=*/true, bias_e, k, num_groups, topk_group);
+}
+at::Tensor expert_weights(const RouterScores& scores, const at::Tensor& indices_nk, bool norm_topk_prob, double scaling) {
+  if (scores.scores_ne.defined()) return expert_weights(scores.scores_ne, indices_nk, norm_topk_prob, scaling);
+  return RoutedWeights::apply(scores.logits_ne, indices_nk, norm_topk_prob, scaling);
 }
 
 at::Tensor seq_aux_loss(const at::Tensor& logits_ne, const Spans& spans, const at::Tensor& valid_n, int64_t k, const Group* sequence) {
@@ -196,6 +228,9 @@ at::Tensor router_z_loss(const at::Tensor& logits_ne, const at::Tensor& valid_n)
 }
 
 at::Tensor expert_counts(const at::Tensor& indices_nk, const at::Tensor& valid_n, int64_t num_experts) {
+  if (valid_n.defined()) check_mask(valid_n, indices_nk.size(0));
+  if (lies_on_gpu(indices_nk) && num_experts <= kMostRoutedExperts && (!valid_n.defined() || valid_n.scalar_type() == at::kBool))
+    return gpu_kernels()->expert_counts(indices_nk, valid_n, num_experts);
   const auto options = indices_nk.options().dtype(at::kFloat);
   const auto N = indices_nk.size(0), k = indices_nk.size(1);
   const auto weight = as_weights(valid_n, N, options).unsqueeze(1).expand({N, k}).flatten();

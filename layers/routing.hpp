@@ -30,6 +30,16 @@ at::Tensor even_experts(const at::Tensor& number_n, int64_t k, int64_t num_exper
 // Weights of the chosen experts from the unbiased scores, s / (sum of the chosen s + 1e-20) where normed, times `scaling` -> [N, k].
 at::Tensor expert_weights(const at::Tensor& scores_ne, const at::Tensor& indices_nk, bool norm_topk_prob, double scaling);
 
+// The scores sigmoid(logits) of a router's experts, or, where kernels take them, the logits that they make them of.
+struct RouterScores {
+  at::Tensor logits_ne;
+  at::Tensor scores_ne;  // undefined there
+};
+RouterScores router_scores(const at::Tensor& logits_ne);
+// As above; a token's experts are distinct.
+at::Tensor choose_experts(const RouterScores& scores, const at::Tensor& bias_e, int64_t k, int64_t num_groups = 1, int64_t topk_group = 1);
+at::Tensor expert_weights(const RouterScores& scores, const at::Tensor& indices_nk, bool norm_topk_prob, double scaling);
+
 // Sum over the documents that have a valid token of E/(k T^2) sum_e P_e c_e -> []: T valid tokens of the document, P_e their sum of
 // s_e / (sum(s) + 1e-20), c_e how many have e in the plain top-k of s = sigmoid(logits): no bias, no groups. Differentiable.
 // A document is every span of one document number; valid_n bool [N], undefined: all. Source: DeepSeek-V3, arXiv:2412.19437, eq. 17-20.

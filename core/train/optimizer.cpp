@@ -18,6 +18,8 @@
 #include <cmath>
 #include <numbers>
 
+#include "layers/gpu.hpp"
+
 namespace tessera {
 
 double learning_rate(const OptimizerConfig& optimizer, const LrSchedulerConfig& s, int64_t step, int64_t steps) {
@@ -80,6 +82,7 @@ void Optimizer::step(double lr, double max_norm, const at::Tensor& grad_norm) {
   at::NoGradGuard no_grad;
   allocate();
   ++steps_taken_;
+  if (on_gpu(grad_norm)) return step_on_gpu(lr, max_norm, grad_norm);
   std::optional<at::Tensor> grad_scale;  // the kernel divides gradients by it
   if (max_norm > 0) grad_scale = ((grad_norm + 1e-6) / max_norm).clamp_min(1.0).to(at::kFloat);
   for (const bool decay : {true, false}) {
@@ -97,6 +100,22 @@ void Optimizer::step(double lr, double max_norm, const at::Tensor& grad_norm) {
                       config_.eps, /*amsgrad=*/false, /*maximize=*/false, grad_scale);
   }
   store_->touch();
+  store_->zero_grad();
+}
+
+void Optimizer::step_on_gpu(double lr, double max_norm, const at::Tensor& grad_norm) {
+  std::vector<FlatGroup*> copied;  // whose copy in the compute dtype is up to date, and stays so
+  for (FlatGroup& group : store_->groups())
+    if (group.trainable && !group.stale && group.compute.defined() && group.compute.scalar_type() == at::kBFloat16) copied.push_back(&group);
+  store_->touch();
+  for (FlatGroup& group : store_->groups()) {
+    if (!group.trainable) continue;
+    const bool copy = std::find(copied.begin(), copied.end(), &group) != copied.end();
+    gpu_kernels()->adamw(group.data.detach(), group.grad, group.exp_avg, group.exp_avg_sq, copy ? group.compute : at::Tensor(), grad_norm,
+                         {.lr = lr, .beta1 = config_.beta1, .beta2 = config_.beta2, .eps = config_.eps, .weight_decay = group.decay ? config_.weight_decay : 0.0,
+                          .max_norm = max_norm, .t = steps_taken_});
+    if (copy) group.stale = false;
+  }
   store_->zero_grad();
 }
 

@@ -33,6 +33,7 @@ class Optimizer {
 
  private:
   void allocate();
+  void step_on_gpu(double lr, double max_norm, const at::Tensor& grad_norm);  // everything in one pass; nothing happens where the norm is not finite
 
   Store* store_;
   OptimizerConfig config_;

@@ -13,6 +13,9 @@ GpuKernels make_table() {
   add_conv(table);
   add_norm(table);
   add_pointwise(table);
+  add_routing(table);
+  add_cross_entropy(table);
+  add_adamw(table);
   add_scan(table);
   add_attention_cache(table);
   add_experts(table);

@@ -7,6 +7,9 @@ namespace tessera::gpu {
 void add_conv(GpuKernels& table);
 void add_norm(GpuKernels& table);
 void add_pointwise(GpuKernels& table);
+void add_routing(GpuKernels& table);
+void add_cross_entropy(GpuKernels& table);
+void add_adamw(GpuKernels& table);
 void add_scan(GpuKernels& table);
 void add_attention_cache(GpuKernels& table);
 void add_experts(GpuKernels& table);

@@ -9,6 +9,7 @@
 
 #include "tests/support/compare.hpp"
 #include "tests/support/directional.hpp"
+#include "tests/support/emulated.hpp"
 #include "tests/support/tolerance.hpp"
 #include "train/optimizer.hpp"
 
@@ -104,6 +105,26 @@ TEST(Optimizer, ClearsGradientsAfterAStep) {
   backward(built.model, random_batch({7}, 24));
   optimizer.step(1e-3, 0, optimizer.grad_norm());
   for (const std::string& name : parameter_names(built.plan)) EXPECT_EQ(built.store.gradient(name).abs().max().item<float>(), 0) << name;
+}
+
+// A GPU's kernel writes them in the same pass; elsewhere they are made when they are asked for.
+TEST(Optimizer, CopiesInTheComputeDtypeFollowTheMasters) {
+  Built built(kText, {.dtype = at::kBFloat16});
+  Optimizer optimizer(built.store, {.lr = 1e-2});
+  for (int64_t step = 1; step <= 2; ++step) {
+    backward(built.model, random_batch({7}, 24, static_cast<uint64_t>(step)));
+    optimizer.step(1e-2, 1, optimizer.grad_norm());
+    int copies = 0;
+    for (const FlatGroup& group : built.store.groups()) {
+      if (!group.compute.defined()) continue;
+      EXPECT_EQ(group.stale, !emulated());
+      if (!group.stale) {
+        EXPECT_TRUE(bit_equal(group.compute, group.data.detach().to(at::kBFloat16)));
+      }
+      ++copies;
+    }
+    EXPECT_GT(copies, 0);
+  }
 }
 
 TEST(Optimizer, NothingToTrainIsRefused) {

@@ -2,6 +2,7 @@
 
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/full.h>
+#include <ATen/ops/matmul.h>
 #include <ATen/ops/randint.h>
 #include <ATen/ops/randn.h>
 #include <ATen/ops/scalar_tensor.h>
@@ -68,6 +69,22 @@ TEST_P(CrossEntropy, EqualsTheCompositionWhateverTheChunk) {
 
 INSTANTIATE_TEST_SUITE_P(Sizes, CrossEntropy,
                          testing::Values(Case{1, 5, 0}, Case{63, 257, 4}, Case{130, 16, 1000}, Case{130, 300, 2}, Case{20, 1, 0}));
+// Rows that a block of a GPU's kernel takes in several turns, in part longer than its shared memory, and such as begin anywhere.
+INSTANTIATE_TEST_SUITE_P(Long, CrossEntropy, testing::Values(Case{3, 9001, 3}, Case{2, 16384, 0}, Case{2, 90005, 0}));
+
+TEST(CrossEntropy, TopWordIsTheOnlyGreatest) {
+  for (const auto dtype : {at::kDouble, at::kFloat, at::kBFloat16})
+    for (const int64_t words : {2, 50, 17000}) {
+      const auto c = Case{21, words, 5};
+      const auto t = targets(c), h = at::randn({c.tokens, 4}, dtype), w = at::randn({words, 4}, dtype);
+      const auto logits = at::matmul(h.to(at::kDouble), w.to(at::kDouble).t());
+      t.narrow(0, 6, 4).copy_(logits.narrow(0, 6, 4).argmax(1));
+      w[1].copy_(w[0]);  // two words with the same logit
+      const auto same = at::matmul(h, w.t()).to(at::kDouble), picked = same.gather(1, t.clamp_min(0).unsqueeze(1));
+      const auto want = t.ge(0).logical_and(same.ge(picked).sum({1}).eq(1));
+      EXPECT_TRUE(bit_equal(top_word_is(h, w, t, nullptr, 7), want)) << words << c10::toString(dtype);
+    }
+}
 
 TEST(CrossEntropy, AgreesWithFiniteDifferences) {
   const auto t = targets({7, 5, 3});

@@ -3,7 +3,9 @@
 #include <ATen/TensorOperators.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/arange.h>
+#include <ATen/ops/bincount.h>
 #include <ATen/ops/rand.h>
+#include <ATen/ops/randint.h>
 #include <ATen/ops/randn.h>
 #include <ATen/ops/sigmoid.h>
 #include <ATen/ops/tensor.h>
@@ -126,7 +128,8 @@ TEST_P(ChooseExperts, EqualsStableSorts) {
 }
 INSTANTIATE_TEST_SUITE_P(Routing, ChooseExperts,
                          testing::Values(Choice{1, 8, 1, 1, 1}, Choice{63, 12, 12, 1, 1}, Choice{130, 128, 6, 1, 1}, Choice{130, 512, 22, 1, 1},
-                                         Choice{63, 16, 4, 4, 2}, Choice{130, 64, 8, 8, 4}, Choice{5, 6, 2, 3, 1}));
+                                         Choice{63, 16, 4, 4, 2}, Choice{130, 64, 8, 8, 4}, Choice{5, 6, 2, 3, 1},
+                                         Choice{0, 16, 2, 1, 1}, Choice{3, 33, 33, 1, 1}, Choice{7, 100, 5, 5, 2}, Choice{5, 72, 7, 36, 12}, Choice{2, 5000, 3, 1, 1}));
 
 TEST(Routing, TiesGoToTheLowerIndex) {
   const auto same = at::zeros({1, 8}) + 0.5;
@@ -151,11 +154,39 @@ TEST(Routing, EvenExpertsAreEvenOnAnyRangeOfTokens) {
         if (n == 0) continue;
         const auto load_e = expert_counts(got_nk, {}, E);
         EXPECT_LE((load_e.max() - load_e.min()).item<float>(), 1) << k << " of " << E << " from " << first;
-        if (k > 1) EXPECT_TRUE(got_nk.narrow(1, 1, k - 1).gt(got_nk.narrow(1, 0, k - 1)).all().item<bool>()) << "ascending, none twice";
+        if (k > 1) {
+          EXPECT_TRUE(got_nk.narrow(1, 1, k - 1).gt(got_nk.narrow(1, 0, k - 1)).all().item<bool>()) << "ascending, none twice";
+        }
       }
   const auto wraps = even_experts(at::tensor({2, 3}, at::kLong), 3, 8), want = at::tensor({0, 6, 7, 1, 2, 3}, at::kLong).view({2, 3});
   EXPECT_TRUE(bit_equal(wraps, want));
   EXPECT_THROW(even_experts(at::tensor({2}, at::kLong), 9, 8), Error);
+}
+
+TEST(Routing, OfLogitsIsOfTheirSigmoid) {
+  for (const auto& [N, E, k] : {std::tuple<int64_t, int64_t, int64_t>{70, 128, 6}, {1, 33, 33}, {9, 50, 40}, {0, 8, 2}, {2, 9000, 3}})
+    for (const bool normed : {true, false})
+      for (const auto dtype : {at::kFloat, at::kDouble}) {
+        const auto bias_e = at::randn({E}), x_ne = at::randn({N, E}).to(dtype), g_nk = at::randn({N, k}).to(dtype);
+        const auto logits_ne = x_ne.clone().set_requires_grad(true), plain_ne = x_ne.to(at::kDouble).set_requires_grad(true);
+        const auto scores = router_scores(logits_ne);
+        const auto indices_nk = choose_experts(scores, bias_e, k);
+        EXPECT_TRUE(bit_equal(indices_nk, choose_experts_ref(at::sigmoid(x_ne), bias_e, k)));
+        const auto got = expert_weights(scores, indices_nk, normed, kScaling), want = expert_weights(at::sigmoid(plain_ne), indices_nk, normed, kScaling);
+        EXPECT_EQ(got.scalar_type(), dtype);
+        EXPECT_TRUE(close(got, want, tolerance(dtype, Op::kReduction, k)));
+        EXPECT_TRUE(close(torch::autograd::grad({got}, {logits_ne}, {g_nk})[0], torch::autograd::grad({want}, {plain_ne}, {g_nk.to(at::kDouble)})[0],
+                          tolerance(dtype, Op::kReduction, k)));
+      }
+}
+
+TEST(Routing, CountsOfManyTokens) {
+  for (const auto& [N, E, k] : {std::tuple<int64_t, int64_t, int64_t>{3000, 100, 3}, {0, 7, 2}, {5, 9000, 4}}) {
+    const auto indices_nk = at::randint(E, {N, k}, at::kLong), valid_n = at::rand({N}).gt(0.3);
+    const auto chosen = [&](const at::Tensor& rows_nk) { return at::bincount(rows_nk.flatten(), {}, E).to(at::kFloat); };
+    EXPECT_TRUE(bit_equal(expert_counts(indices_nk, {}, E), chosen(indices_nk)));
+    EXPECT_TRUE(bit_equal(expert_counts(indices_nk, valid_n, E), chosen(indices_nk.index_select(0, valid_n.nonzero().squeeze(1)))));
+  }
 }
 
 TEST(Routing, WeightsWithoutNorm) {

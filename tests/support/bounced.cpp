@@ -85,7 +85,8 @@ void run_kernels_on(const char* word) {
   using K = GpuKernels;
   bounce<&K::conv_forward, &K::conv_with_state, &K::conv_backward, &K::norm_forward, &K::norm_backward, &K::relu2_forward, &K::relu2_backward, &K::uniform, &K::dropout, &K::scan_forward,
          &K::scan_with_state, &K::scan_backward, &K::dispatch, &K::take_rows, &K::sum_rows, &K::spread_rows, &K::row_products, &K::grouped_linear_forward, &K::grouped_linear_backward,
-         &K::expert_mlp_forward, &K::expert_mlp_backward, &K::attend_cache, &K::write_cache>(table);
+         &K::expert_mlp_forward, &K::expert_mlp_backward, &K::attend_cache, &K::write_cache, &K::choose_experts, &K::expert_counts, &K::routed_weights,
+         &K::routed_weights_backward, &K::softmax_rows, &K::softmax_sums, &K::softmax_gradient, &K::count_as_great, &K::adamw>(table);
   table.takes = [](const at::Tensor& t) { return t.is_cpu(); };
   use_gpu_kernels(&table);
 }
