@@ -5,16 +5,19 @@
 
 namespace tessera::gpu {
 
-// Bytes of shared memory that a block of the current device may have.
-inline size_t most_shared_memory() {
+// Of the current device: bytes of shared memory that a block may have, and multiprocessors (two in the emulator, so that a block's work there is not
+// always the least that it can be). What a kernel computes must not depend on the number of multiprocessors.
 #ifdef TESSERA_SIMT
-  return simt::most_shared_memory();
+inline size_t most_shared_memory() { return simt::most_shared_memory(); }
+inline int multiprocessors() { return 2; }
 #else
-  int device = 0, bytes = 0;
-  if (cudaGetDevice(&device) != cudaSuccess || cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) != cudaSuccess) return 48 * 1024;
-  return static_cast<size_t>(bytes);
-#endif
+inline int device_attribute(cudaDeviceAttr attribute, int otherwise) {
+  int device = 0, value = 0;
+  return cudaGetDevice(&device) == cudaSuccess && cudaDeviceGetAttribute(&value, attribute, device) == cudaSuccess ? value : otherwise;
 }
+inline size_t most_shared_memory() { return static_cast<size_t>(device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, 48 * 1024)); }
+inline int multiprocessors() { return device_attribute(cudaDevAttrMultiProcessorCount, 132); }
+#endif
 
 #ifdef TESSERA_SIMT
 template <class... P, class... A>

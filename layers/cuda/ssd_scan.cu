@@ -655,10 +655,9 @@ Status by_shape(const ScanInputs& in, Task task) {
   return tile_of_S(in.type, in.S) == 64 ? task(bf16{}, Width<64>{}) : task(bf16{}, Width<128>{});
 }
 
-constexpr int64_t kEnoughBlocks = 2 * 132;  // what the device holds at once
-// Parts that the heads of a group are cut into, so that there are enough blocks.
+// Parts that the heads of a group are cut into, so that there are as many blocks as the device holds at once.
 int splits_of(const ScanInputs& in) {
-  return static_cast<int>(std::clamp<int64_t>(ceil_div(kEnoughBlocks, in.num_chunks * in.G), 1, in.H / in.G));
+  return static_cast<int>(std::clamp<int64_t>(ceil_div(2 * multiprocessors(), in.num_chunks * in.G), 1, in.H / in.G));
 }
 dim3 blocks(int64_t n) { return dim3(static_cast<unsigned>(n)); }
 
