@@ -59,16 +59,19 @@ void add(const std::string& name, bool differentiable, bool has_reference, const
 Spans rows(int64_t tokens, int64_t length) { return Spans::uniform(tokens / length, length); }
 
 void norms() {
-  for (const auto& [N, D] : {std::pair<int64_t, int64_t>{2048, 256}, {2048, 1024}, {2048, 4096}, {1, 4096}}) {
+  std::vector<std::pair<int64_t, int64_t>> sizes{{2048, 256}, {2048, 1024}, {2048, 4096}, {1, 4096}};
+  if (bench_device().is_cuda()) sizes.insert(sizes.end(), {{8192, 2688}, {8192, 4096}});
+  for (const auto& [N, D] : sizes) {
     add(fmt::format("rms_norm/{}x{}", N, D), true, true, [=](ScalarType dtype, bool reference) {
       const at::Tensor x = at::randn({N, D}, on(dtype)), w = at::rand({D}, on());
       return Case{[=] { return reference ? rms_norm_ref(x, w, 1e-5, dtype) : rms_norm(x, w, 1e-5, dtype); }, {x, w}, double(N), 0, width(dtype) * 2.0 * N * D};
     });
     add(fmt::format("gated_rms_norm/{}x{}", N, D), true, true, [=](ScalarType dtype, bool reference) {
-      const at::Tensor y = at::randn({N, D}, on()), z = at::randn({N, D}, on(dtype)), w = at::rand({D}, on());
-      const int64_t group = D / 4;
+      const auto y_type = bench_device().is_cuda() ? dtype : at::kFloat;
+      const at::Tensor y = at::randn({N, D}, on(y_type)), z = at::randn({N, D}, on(dtype)), w = at::rand({D}, on());
+      const int64_t group = N == 8192 ? D / 8 : D / 4;
       return Case{[=] { return reference ? gated_rms_norm_ref(y, z, w, group, 1e-5, dtype) : gated_rms_norm(y, z, w, group, 1e-5, dtype); }, {y, z, w}, double(N), 0,
-                  (4 + 2 * width(dtype)) * N * D};
+                  (width(y_type) + 2 * width(dtype)) * N * D};
     });
   }
 }
@@ -216,6 +219,17 @@ void experts() {
       const Spans spans = rows(N, 512);
       return Case{[=] { return reference ? seq_aux_loss_ref(logits, spans, {}, k) : seq_aux_loss(logits, spans, {}, k); }, {logits}, double(N), 0, 4.0 * N * E};
     }, {at::kFloat});
+    add("routing/" + size, true, true, [=](ScalarType, bool reference) {
+      const at::Tensor logits = at::randn({N, E}, on());
+      return Case{[=] {
+        if (reference) {
+          const at::Tensor scores = at::sigmoid(logits);
+          return expert_weights(scores, choose_experts_ref(scores, {}, k), true, 2.5);
+        }
+        const RouterScores scores = router_scores(logits);
+        return expert_weights(scores, choose_experts(scores, {}, k), true, 2.5);
+      }, {logits}, double(N), 0, 4.0 * N * E};
+    }, {at::kFloat});
     add("expert_weights/" + size, true, false, [=](ScalarType, bool) {
       const at::Tensor scores = at::rand({N, E}, on()), chosen = choose_experts(scores, {}, k);
       return Case{[=] { return expert_weights(scores, chosen, true, 2.5); }, {scores}, double(N), 0, 4.0 * N * E};
@@ -226,7 +240,7 @@ void experts() {
 void losses() {
   for (const auto& [N, D, V] : {std::tuple<int64_t, int64_t, int64_t>{2048, 256, 256}, {2048, 512, 32768}, {512, 512, 131072}}) {
     std::vector<ScalarType> dtypes{at::kFloat};
-    if (V <= 32768) dtypes.push_back(at::kBFloat16);
+    if (V <= 32768 || bench_device().is_cuda()) dtypes.push_back(at::kBFloat16);
     add(fmt::format("linear_cross_entropy/{}x{}x{}", N, D, V), true, true, [=](ScalarType dtype, bool reference) {
       const at::Tensor h = at::randn({N, D}, on(dtype)), w = at::randn({V, D}, on(dtype)), targets = at::randint(V, {N}, on(at::kLong));
       return Case{[=] { return reference ? linear_cross_entropy_ref(h, w, targets) : linear_cross_entropy(h, w, targets); }, {h, w}, double(N), 2.0 * N * D * V,
