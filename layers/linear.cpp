@@ -1,7 +1,7 @@
 #include "layers/linear.hpp"
 
 #include <ATen/Parallel.h>
-#include <ATen/core/grad_mode.h>
+#include <ATen/ThreadLocalState.h>
 #include <ATen/ops/add.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/linear.h>
@@ -55,8 +55,9 @@ void for_experts(const std::vector<int64_t>& counts, Task task) {
     return;
   }
   std::atomic<size_t> next = 0;
+  const at::ThreadLocalState modes;  // of gradients and of inference, which are a thread's own
   at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
-    const at::NoGradGuard no_grad;
+    const at::ThreadLocalStateGuard same(modes);
     for (size_t i; (i = next++) < order.size();) task(order[i], first[order[i]], counts[order[i]]);
   });
 }

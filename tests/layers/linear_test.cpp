@@ -1,11 +1,13 @@
 #include "layers/linear.hpp"
 
+#include <ATen/Parallel.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/linear.h>
 #include <ATen/ops/randn.h>
 #include <ATen/ops/tensor.h>
 #include <ATen/ops/zeros.h>
+#include <c10/core/InferenceMode.h>
 #include <gtest/gtest.h>
 
 #include "tessera/error.hpp"
@@ -97,6 +99,18 @@ TEST(GroupedLinear, SizesBeyondATile) {
 INSTANTIATE_TEST_SUITE_P(Counts, GroupedLinear,
                          testing::Values(std::vector<int64_t>{1}, std::vector<int64_t>{63, 0, 130}, std::vector<int64_t>{0, 0, 7, 0},
                                          std::vector<int64_t>{0, 0}));
+
+// Threads that take experts of their own are in the caller's mode.
+TEST(GroupedLinear, IsTheSameInInferenceMode) {
+  const int threads = at::get_num_threads();
+  at::set_num_threads(2);
+  const auto x = at::randn({400, 64}), w = at::randn({4, 48, 64});
+  const auto counts = at::tensor(std::vector<int64_t>{100, 120, 80, 100}, at::kLong);
+  const auto want = grouped_linear(x, w, counts);
+  const c10::InferenceMode inference;
+  EXPECT_TRUE(bit_equal(grouped_linear(x, w, counts), want));
+  at::set_num_threads(threads);
+}
 
 TEST(GroupedLinear, AgreesWithFiniteDifferences) {
   const auto x = at::randn({5, 3}, at::kDouble), w = at::randn({3, 2, 3}, at::kDouble), dy = at::randn({5, 2}, at::kDouble);
