@@ -22,7 +22,10 @@ struct Buffers {
   // n values from the place `first` of larger buffers.
   Buffers(int64_t n, int64_t first, bool copy) {
     const auto part = [&](const at::Tensor& t) { return t.narrow(0, first, n); };
-    data = part(at::randn({n + first})), grad = part(at::randn({n + first})), exp_avg = part(at::randn({n + first})), exp_avg_sq = part(at::rand({n + first}));
+    // Of one sign in a place, so that no sum cancels: of a single element the relative error is all there is.
+    const at::Tensor sign = at::randn({n + first}).sign();
+    const auto signed_part = [&] { return part((at::rand({n + first}) + 0.5) * sign); };
+    data = signed_part(), grad = signed_part(), exp_avg = signed_part(), exp_avg_sq = part(at::rand({n + first}));
     if (copy) compute = part(at::randn({n + first}, at::kBFloat16));
   }
   void step(double norm) const { gpu_kernels()->adamw(data, grad, exp_avg, exp_avg_sq, compute, at::scalar_tensor(norm, at::kFloat), kStep); }
